@@ -1,0 +1,67 @@
+"""Progress of long fits: scikit-learn's own callbacks where they exist, else a quiet bar."""
+
+import multiprocessing
+import sys
+from contextlib import contextmanager
+
+from tqdm.auto import tqdm
+
+try:
+    from sklearn.callback import CallbackSupportMixin, with_callbacks
+except ImportError:  # scikit-learn below 1.9
+
+    class CallbackSupportMixin:
+        """Stands in where scikit-learn has no callbacks."""
+
+    def with_callbacks(fit):
+        """Leave `fit` as it is."""
+        return fit
+
+
+LONG = 10.0  # seconds before a fit is worth a bar
+
+with_progress = with_callbacks
+
+
+class ProgressMixin(CallbackSupportMixin):
+    """Gives `_progress`, which reports every epoch to callbacks, to a bar or to a line of text."""
+
+    @contextmanager
+    def _progress(self):
+        """Yield ``report(record) -> stop`` for the training loop."""
+        name, n_epochs = type(self).__name__, self.max_epochs
+        context = None
+        if getattr(self, "_skl_callbacks", None):
+            context = self._init_callback_context(max_subtasks=n_epochs)
+            context.call_on_fit_task_begin(estimator=self)
+        quiet = self.verbose is not None or context is not None or not _watched()
+        bar = None  # even a disabled bar starts a thread
+        if not quiet:
+            bar = tqdm(total=n_epochs, desc=name, unit="epoch", delay=LONG, leave=False)
+
+        def report(record):
+            if bar is not None:
+                bar.update()
+            if self.verbose:
+                terms = ", ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "epoch")
+                print(f"{name} epoch {record['epoch']}: {terms}", flush=True)
+            if context is None:
+                return False
+            epoch = context.subcontext(task_name="epoch")
+            epoch.call_on_fit_task_begin(estimator=self)
+            return bool(epoch.call_on_fit_task_end(estimator=self))
+
+        try:
+            yield report
+        finally:
+            if bar is not None:
+                bar.close()
+            if context is not None:
+                context.call_on_fit_task_end(estimator=self)
+
+
+def _watched():
+    """Whether somebody looks: a terminal or a notebook, and not a worker process."""
+    if multiprocessing.parent_process() is not None:
+        return False
+    return sys.stderr.isatty() or "ipykernel" in sys.modules

@@ -1,0 +1,63 @@
+"""Devices, seeds, option checks and optional packages: what every layer may lean on."""
+
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def resolve_device(device: "str | torch.device | None") -> "torch.device":
+    """Turn a user's `device` into one that exists; None means the best available.
+
+    Asked at every call and never stored, so a model fitted on a GPU predicts on a laptop.
+    """
+    import torch
+
+    if device is not None:
+        wanted = torch.device(device)
+        if wanted.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                f"device={str(device)!r} was asked for, but torch finds no GPU here; "
+                "use device=None (the best available) or device='cpu'."
+            )
+        return wanted
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@contextmanager
+def seeded(seed: int, device: "torch.device") -> Iterator[None]:
+    """Run a block on a fresh torch stream and leave the global streams as they were."""
+    import torch
+
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng([device] if on_gpu else []):
+        # Not torch.manual_seed: it also reseeds accelerators that fork_rng did not save.
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def import_optional(name: str, extra: str) -> ModuleType:
+    """Import a package that only an extra installs, or say which pip line brings it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"{name.partition('.')[0]} is needed here and is not installed; "
+            f"run: pip install 'ehrfuse[{extra}]'."
+        ) from error
+
+
+def check_option(value: Any, name: str, options: Sequence[Any]) -> None:
+    """Raise unless `value` is one of `options`."""
+    if not any(value is option or (value == option and value is not None) for option in options):
+        allowed = ", ".join(repr(option) for option in options)
+        raise ValueError(f"{name}={value!r} is not known; choose one of {allowed}.")

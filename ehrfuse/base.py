@@ -1,0 +1,696 @@
+"""Everything between a DataFrame and `train`: one template, three faces.
+
+A method subclasses `TorchClassifier`, `TorchRegressor` or `TorchEncoder` and supplies its parameters
+and `_make_core(modalities, target)`; nothing else is required.
+"""
+
+import inspect
+import warnings
+from importlib.metadata import version
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.base import (
+    BaseEstimator,
+    ClassifierMixin,
+    ClassNamePrefixFeaturesOutMixin,
+    RegressorMixin,
+    TransformerMixin,
+    clone,
+)
+from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit, StratifiedShuffleSplit
+from sklearn.utils import check_random_state, check_scalar
+from sklearn.utils.validation import (
+    check_consistent_length,
+    check_is_fitted,
+    check_memory,
+    validate_data,
+)
+from torch import nn
+
+from ehrfuse._data import Data
+from ehrfuse._patterns import modality_columns
+from ehrfuse._progress import ProgressMixin, with_progress
+from ehrfuse._runtime import resolve_device, seeded
+from ehrfuse._targets import ValueTarget, classification_target
+from ehrfuse._train import evaluate, predict, train
+from ehrfuse.modalities import Modality, Tabular
+
+__all__ = ["TorchClassifier", "TorchEncoder", "TorchEstimator", "TorchRegressor"]
+
+MIN_VALIDATION = 5  # rows; fewer say nothing about when to stop
+
+
+class TorchEstimator(ProgressMixin, BaseEstimator):
+    """Template of every estimator with a torch core.
+
+    Parameters
+    ----------
+    modalities : dict of str to Modality, or None, default=None
+        What the columns of X are. An entry ``"drop"`` leaves a modality out. None takes all columns
+        as one `Tabular` named ``"table"``; arrays work then too.
+    pretrained : estimator or None, default=None
+        A pretrainer, fitted here on the training rows; encoders of shared modality names, and the
+        trunk if it is built alike, are taken over. ``FrozenEstimator(fitted)`` brings one fitted
+        elsewhere.
+    freeze : tuple of str, default=()
+        Parts kept as they came, e.g. ``("encoders.note",)``.
+    max_epochs : int, default=15
+        The learning rate falls along a cosine to zero over these epochs.
+    batch_size : int or "auto", default="auto"
+        "auto" is a sixteenth of the training rows, at least 16 and at most 256.
+    lr : float, default=2e-3
+        Highest learning rate of AdamW.
+    weight_decay : float, default=1.0
+        Of weight matrices, decoupled (AdamW): high, because clinical cohorts are small.
+    patience : int or None, default=None
+        Epochs without a better validation loss before the fit stops; None never stops early.
+    validation_fraction : float or None, default=None
+        Share of the training rows (of the patients, with `groups`) set aside to choose the epoch,
+        before anything is learned. None trains on all rows for `max_epochs`.
+    groups : str or None, default=None
+        Column of X that names the patient: never a feature; no split inside the fit separates rows
+        of one patient. It need not be there at predict.
+    memory : str, joblib.Memory or None, default=None
+        Cache of fitted pretrainers, as in :class:`sklearn.pipeline.Pipeline`.
+    amp : bool, default=False
+        bfloat16 autocast; for GPUs, on CPUs it is usually slower.
+    random_state : int, RandomState or None, default=None
+    device : str, torch.device or None, default=None
+        None is the best available: cuda, mps, cpu.
+    verbose : bool or None, default=None
+        None shows a progress bar on long fits at a terminal or in a notebook, True prints a line
+        an epoch, False nothing.
+    """
+
+    _accepts: tuple[type, ...] = (Modality,)
+
+    def __init__(
+        self,
+        modalities=None,
+        *,
+        pretrained=None,
+        freeze=(),
+        max_epochs=15,
+        batch_size="auto",
+        lr=2e-3,
+        weight_decay=1.0,
+        patience=None,
+        validation_fraction=None,
+        groups=None,
+        memory=None,
+        amp=False,
+        random_state=None,
+        device=None,
+        verbose=None,
+    ):
+        self.modalities = modalities
+        self.pretrained = pretrained
+        self.freeze = freeze
+        self.max_epochs = max_epochs
+        self.batch_size = batch_size
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.patience = patience
+        self.validation_fraction = validation_fraction
+        self.groups = groups
+        self.memory = memory
+        self.amp = amp
+        self.random_state = random_state
+        self.device = device
+        self.verbose = verbose
+
+    # ------------------------------------------------------------ parameters
+
+    def get_params(self, deep=True):
+        """Parameters, those of each modality under its own name included.
+
+        Parameters
+        ----------
+        deep : bool, default=True
+
+        Returns
+        -------
+        params : dict
+        """
+        params = super().get_params(deep)
+        for name, modality in self._named().items() if deep else ():
+            params[name] = modality
+            if isinstance(modality, Modality):
+                params |= {f"{name}__{key}": v for key, v in modality.get_params().items()}
+        return params
+
+    def _named(self):
+        # Nonsense is reported by fit; reading parameters must never fail.
+        return self.modalities if isinstance(self.modalities, dict) else {}
+
+    def set_params(self, **params):
+        """Set parameters, e.g. ``note__max_length=64`` or ``note="drop"``.
+
+        Parameters
+        ----------
+        **params : dict
+
+        Returns
+        -------
+        self : estimator
+        """
+        # Outermost first, as in Pipeline: the dict, then its entries, then their parameters.
+        if "modalities" in params:
+            self.modalities = params.pop("modalities")
+        entries = {name: params.pop(name) for name in self._named() if name in params}
+        if entries:
+            self.modalities = self.modalities | entries  # a new dict; the caller's stays as it is
+        return super().set_params(**params)
+
+    def _check_params(self):
+        check_scalar(self.max_epochs, "max_epochs", int, min_val=1)
+        if self.batch_size != "auto":
+            check_scalar(self.batch_size, "batch_size", int, min_val=1)
+        check_scalar(self.lr, "lr", (int, float), min_val=0, include_boundaries="neither")
+        check_scalar(self.weight_decay, "weight_decay", (int, float), min_val=0)
+        if self.patience is not None:
+            check_scalar(self.patience, "patience", int, min_val=1)
+        if self.validation_fraction is not None:
+            check_scalar(
+                self.validation_fraction, "validation_fraction", (int, float),
+                min_val=0, max_val=1, include_boundaries="left",
+            )  # fmt: skip
+
+    # ------------------------------------------------------------ what a method supplies
+
+    def _make_core(self, modalities, target):
+        """Build the torch core from fitted modalities; reads parameters that are plain values."""
+        raise NotImplementedError
+
+    def _make_target(self, y):
+        """Turn y into a `Target`; None where there is none."""
+        return None
+
+    # ------------------------------------------------------------ fit
+
+    def _fit(self, X, y=None, sample_weight=None, X_val=None, y_val=None):
+        self._check_params()
+        X = self._frame(X, y, reset=True)
+        declared = self._declared(X)
+        device = resolve_device(self.device)
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        y, weight = self._labels(X, y, sample_weight, reset=True)
+        if X_val is not None:
+            X_val = self._frame(X_val, y_val, reset=False)
+            rows, rows_val = np.flatnonzero(weight > 0), None
+        else:
+            # Validation rows leave first, so no scaler, vocabulary or pretrainer ever sees them.
+            rows, rows_val = self._set_aside(X, y, weight, seed)
+        X_train = X if len(rows) == len(X) else X.iloc[rows]
+        self._fit_pretrained(X_train, declared, seed)
+        self._fit_modalities(X_train, declared)
+        del X_train
+        data = self._data(X, y, weight, rows)
+        validation = None if rows_val is None else Data(**vars(data) | {"rows": rows_val})
+        if X_val is not None:
+            validation = self._data(X_val, *self._labels(X_val, y_val, None, reset=False))
+        return self._train(data, validation, seed, device)
+
+    def _train(self, data, validation, seed, device):
+        with seeded(seed, device):
+            core = self._make_core(self.modalities_, self.target_).to(device)
+        self._take_over(core)
+        core.freeze(self.freeze)
+        with self._progress() as report:
+            self.history_ = train(
+                core, data, validation=validation, max_epochs=self.max_epochs,
+                batch_size=self._batch_size(len(data)), lr=self.lr, weight_decay=self.weight_decay,
+                patience=self.patience, seed=seed, device=device, amp=self.amp, report=report,
+            )  # fmt: skip
+        self.n_iter_, self.module_ = len(self.history_), core
+        self._snapshot()
+        return self
+
+    def _frame(self, X, y="no_validation", *, reset):
+        """X as a frame of this estimator's columns; names and sizes checked as scikit-learn does."""
+        if isinstance(X, pd.DataFrame):
+            _refuse_bad_frame(X)
+            if self.modalities is not None:
+                X = self._own_columns(X, reset)
+            # Object cells must survive, so names are checked and cells are not.
+            validate_data(self, X, y, reset=reset, skip_check_array=True)
+            return X
+        if self.modalities is not None:
+            raise ValueError(
+                f"X is {type(X).__name__}; with declared modalities it must be a pandas DataFrame "
+                "that holds their columns."
+            )
+        if y is None:  # raises the usual message where y is required
+            validate_data(self, X, y, reset=reset, skip_check_array=True)
+        X = validate_data(self, X, reset=reset, ensure_all_finite="allow-nan")
+        return pd.DataFrame(X, columns=[f"x{j}" for j in range(X.shape[1])])
+
+    def _own_columns(self, X, reset):
+        """Cut X to the columns of the declared modalities, plus the groups column in fit."""
+        if reset:
+            kept = [m for m in self._named().values() if isinstance(m, Modality)]
+            own = [c for m in kept for c in modality_columns(m, X) if c in X.columns]
+            own += [self.groups] if self.groups in X.columns else []
+            return X[list(dict.fromkeys(own))] if own else X
+        check_is_fitted(self)
+        own = list(self.feature_names_in_)
+        lost = [c for c in own if c not in X.columns and c != self.groups]
+        if lost:
+            raise ValueError(
+                f"X lacks columns that fit has read: {lost}; add them, with nulls where nothing is "
+                "known."
+            )
+        # The groups column may be absent at predict: it is filled with nulls and read by nobody.
+        return X.reindex(columns=own) if self.groups in own and self.groups not in X else X[own]
+
+    def _declared(self, X):
+        """The modalities of this fit, by name; says what is wrong in the user's words."""
+        if self.groups is not None and self.groups not in X.columns:
+            raise ValueError(f"groups={self.groups!r} is no column of X; it must name one.")
+        if self.modalities is None:
+            return {"table": Tabular(self._undeclared_columns(X))}
+        if not isinstance(self.modalities, dict):
+            raise ValueError(
+                f"modalities is {type(self.modalities).__name__}; it must be a dict such as "
+                "{'vitals': Tabular(['age'])}, or None."
+            )
+        declared = {n: m for n, m in self.modalities.items() if not _dropped(m)}
+        self._check_names(declared)
+        self.ignored_modalities_ = [
+            n for n, m in declared.items() if not isinstance(m, self._accepts)
+        ]
+        kept = {n: m for n, m in declared.items() if n not in self.ignored_modalities_}
+        if not kept:
+            kinds = " or ".join(kind.__name__ for kind in self._accepts)
+            got = {n: type(m).__name__ for n, m in declared.items()}
+            raise ValueError(
+                f"{type(self).__name__} reads {kinds}; the modalities are {got or 'all dropped'}. "
+                "Keep or declare at least one that it can read."
+            )
+        for name, modality in kept.items():
+            if self.groups is not None and self.groups in modality_columns(modality, X):
+                raise ValueError(
+                    f"Column {self.groups!r} names the patient (groups) and cannot be a feature of "
+                    f"modality {name!r}; take it out of its columns."
+                )
+        return kept
+
+    def _check_names(self, declared):
+        taken = {*inspect.signature(type(self).__init__).parameters, *dir(nn.ModuleDict)}
+        for name, modality in declared.items():
+            if not isinstance(name, str) or not name.isidentifier() or "__" in name or name in taken:
+                raise ValueError(
+                    f"{name!r} cannot name a modality: a name is an identifier without '__' that is "
+                    "no parameter of the estimator; choose another word."
+                )
+            if not isinstance(modality, Modality):
+                raise ValueError(
+                    f"Modality {name!r} is {modality!r}; it must be an object such as "
+                    f"Tabular([...]) or Text('...'), or 'drop'."
+                )
+
+    def _undeclared_columns(self, X):
+        columns = [c for c in X.columns if c != self.groups]
+        for c in columns:
+            kind = X[c].dtype
+            if not (pd.api.types.is_numeric_dtype(kind) or isinstance(kind, pd.CategoricalDtype)):
+                raise ValueError(
+                    f"Column {c!r} has dtype {kind}; declare what it is, "
+                    f"e.g. modalities={{{str(c)!r}: Text({str(c)!r})}}."
+                )
+        return columns
+
+    def _labels(self, X, y, sample_weight, *, reset):
+        """Encoded y and row weights: the one place where both are checked."""
+        if reset:
+            self.target_ = self._make_target(y)
+        check_consistent_length(X, y, sample_weight)
+        weight = np.ones(len(X)) if sample_weight is None else np.asarray(sample_weight, dtype=float)
+        if weight.ndim != 1 or not np.isfinite(weight).all() or (weight < 0).any():
+            raise ValueError("sample_weight must be one finite number of at least 0 for every row.")
+        if not weight.any():
+            raise ValueError("All sample weights are zero; at least one row must count.")
+        return None if y is None else self.target_.encode(y), weight.astype("float32")
+
+    def _set_aside(self, X, y, weight, seed):
+        """Training and validation rows; all rows of one patient land on the same side."""
+        rows = np.flatnonzero(weight > 0)  # weight 0 is as good as absent, in scalers too
+        share = self.validation_fraction
+        if not share:
+            return rows, None
+        strata = None if y is None else self.target_.strata(y)
+        if self.groups is not None:
+            groups = pd.factorize(X[self.groups])[0][rows]
+            enough = len(np.unique(groups)) * share >= MIN_VALIDATION
+            cut = GroupShuffleSplit(1, test_size=share, random_state=seed).split
+            split = cut(rows, groups=groups) if enough else None
+        else:
+            enough = len(rows) * share >= MIN_VALIDATION
+            counts = np.unique(strata[rows], return_counts=True)[1] if strata is not None else [0]
+            n_val = int(np.ceil(len(rows) * share))
+            if min(counts) >= 2 and n_val >= len(counts) and len(rows) - n_val >= len(counts):
+                cut = StratifiedShuffleSplit(1, test_size=share, random_state=seed).split
+                split = cut(rows, strata[rows]) if enough else None
+            else:
+                cut = ShuffleSplit(1, test_size=share, random_state=seed).split
+                split = cut(rows) if enough else None
+        if split is None:
+            warnings.warn(
+                f"{len(rows)} training rows are too few to set {share:.0%} aside; the fit runs all "
+                f"{self.max_epochs} epochs without early stopping.",
+                UserWarning,
+                stacklevel=5,
+            )
+            return rows, None
+        inside, aside = next(split)
+        return rows[inside], rows[aside]
+
+    def _fit_modalities(self, X, declared):
+        taken = {} if self.pretrained_ is None else self.pretrained_.modalities_
+        self.modalities_ = {
+            name: taken[name] if name in taken else clone(modality).fit(X)
+            for name, modality in declared.items()
+        }
+
+    def _data(self, X, y=None, weight=None, rows=None):
+        blocks = {name: m.transform(X) for name, m in self.modalities_.items()}
+        groups = None
+        if self.groups is not None and self.groups in X.columns:
+            groups = pd.factorize(X[self.groups])[0].astype("int64")
+        return Data(blocks, np.arange(len(X)) if rows is None else rows, y, weight, groups)
+
+    # ------------------------------------------------------------ pretraining
+
+    def _fit_pretrained(self, X, declared, seed):
+        self.pretrained_ = None
+        if self.pretrained is None:
+            return
+        donor = clone(self.pretrained)  # a FrozenEstimator comes back as it is, fitted
+        params = donor.get_params(deep=False)
+        # What it leaves open it inherits, or random_state=0 would not fix the fit.
+        inherit = {"random_state": seed, "groups": self.groups, "device": self.device}
+        inherit["modalities"] = {
+            n: m for n, m in declared.items() if isinstance(m, getattr(donor, "_accepts", ()))
+        } or None
+        unset = {name for name in inherit if name in params and params[name] is None}
+        donor.set_params(**{name: inherit[name] for name in unset})
+        donor = check_memory(self.memory).cache(_fit_donor)(donor, X)
+        self._check_shared(X, declared, donor.modalities_)
+        self.pretrained_ = donor
+
+    def _check_shared(self, X, declared, fitted):
+        shared = [name for name in declared if name in fitted]
+        if not shared:
+            raise ValueError(
+                f"`pretrained` has the modalities {list(fitted)}, this estimator {list(declared)}; "
+                "at least one name must be shared for anything to be taken over."
+            )
+        for name in shared:
+            # Silently preferring either side would make `name__param` a dead axis of a grid.
+            here, there = _described(declared[name], X), _described(fitted[name], X)
+            if here != there:
+                raise ValueError(
+                    f"Modality {name!r} is {declared[name]} here but {fitted[name]} in `pretrained`; "
+                    "give both the same columns and parameters."
+                )
+
+    def _take_over(self, core):
+        """Encoders by name, the trunk if it is built alike, heads never."""
+        self.transferred_ = []
+        if self.pretrained_ is None:
+            return
+        donor = self.pretrained_.module_
+        parts = [f"encoders.{name}" for name in core.encoders if name in donor.encoders]
+        parts += [f"spread.{name}" for name in core.spread if name in donor.spread]
+        if core.trunk is not None and _build(core.trunk) == _build(donor.trunk):
+            parts.append("trunk")
+        for part in parts:
+            ours, theirs = core.get_submodule(part), donor.get_submodule(part)
+            if _build(ours) != _build(theirs):
+                raise ValueError(
+                    f"{part} is built otherwise in `pretrained` (another d_model, n_members or "
+                    "encoder); give both estimators the same sizes."
+                )
+            ours.load_state_dict(theirs.state_dict())
+        self.transferred_ = parts
+
+    # ------------------------------------------------------------ predict
+
+    def _predict(self, X):
+        check_is_fitted(self)
+        X = self._frame(X, reset=False)
+        device = resolve_device(self.device)
+        data = self._data(X)
+        return predict(self.module_, data, self._batch_size(len(data)), device)
+
+    def _batch_size(self, n_rows):
+        return min(256, max(16, n_rows // 16)) if self.batch_size == "auto" else self.batch_size
+
+    def __sklearn_tags__(self):
+        """Tags: holes, strings and categories are welcome."""
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = True
+        tags.input_tags.categorical = True
+        tags.input_tags.string = self.modalities is not None
+        return tags
+
+    # ------------------------------------------------------------ persistence
+
+    def _snapshot(self):
+        """Plain parameters at fit time: what `_make_core` may read, whatever is set later."""
+        simple = (int, float, str, bool, tuple, type(None))
+        params = self.get_params(deep=False)
+        self.built_with_ = {k: v for k, v in params.items() if isinstance(v, simple)}
+        self.versions_ = {name: version(name) for name in ("ehrfuse", "torch", "scikit-learn")}
+
+    def __getstate__(self):
+        """Weights as plain arrays: no torch object in the pickle, no device in the file."""
+        state = dict(super().__getstate__())
+        if "module_" in state:
+            weights = state.pop("module_").state_dict()
+            state["weights_"] = {name: tensor.cpu().numpy() for name, tensor in weights.items()}
+        return state
+
+    def __setstate__(self, state):
+        """Rebuild the module from the parameters of fit time."""
+        weights = state.pop("weights_", {})
+        super().__setstate__(state)
+        if weights:
+            builder = type(self)(**self.built_with_)
+            with seeded(0, torch.device("cpu")):
+                self.module_ = builder._make_core(self.modalities_, self.target_)
+            tensors = {name: torch.from_numpy(np.array(a)) for name, a in weights.items()}
+            self.module_.load_state_dict(tensors)
+            _warn_other_version(self.versions_)
+
+
+def _warn_other_version(stamped):
+    now = version("ehrfuse")
+    if stamped["ehrfuse"] != now:
+        warnings.warn(
+            f"The model was fitted with ehrfuse {stamped['ehrfuse']}, this is {now}; "
+            "compare a few predictions before relying on it.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _fit_donor(donor, X):
+    return donor.fit(X, None)
+
+
+def _dropped(modality):
+    return isinstance(modality, str) and modality == "drop"
+
+
+def _described(modality, X):
+    """Class, parameters and resolved columns: what must agree for weights to move."""
+    params = modality.get_params() | {"columns": modality_columns(modality, X)}
+    return type(modality), params
+
+
+def _build(module):
+    """What must agree for weights to move: the class and every shape."""
+    shapes = {} if module is None else {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    return type(module).__name__, shapes
+
+
+def _refuse_bad_frame(X):
+    twice = list(X.columns[X.columns.duplicated()])
+    if twice:
+        raise ValueError(f"X has columns of the same name: {twice[:5]}; every name must be unique.")
+    if not len(X):
+        raise ValueError(
+            f"Found array with 0 sample(s) (shape={X.shape}) while a minimum of 1 is required: "
+            "X has no row."
+        )
+
+
+class TorchClassifier(ClassifierMixin, TorchEstimator):
+    """Face of a classifier: one outcome of two or more classes, or several yes-or-no outcomes."""
+
+    @with_progress
+    def fit(self, X, y, sample_weight=None, *, X_val=None, y_val=None):
+        """Fit to training rows.
+
+        Parameters
+        ----------
+        X : DataFrame of shape (n_samples, n_columns), or array if `modalities` is None
+            A missing modality is a null cell.
+        y : array of shape (n_samples,), or array or DataFrame of shape (n_samples, n_tasks)
+            Labels of any type; or 0, 1 and NaN (unknown) for several tasks.
+        sample_weight : array of shape (n_samples,), optional
+        X_val, y_val : as X and y, optional
+            Validation rows of one's own instead of `validation_fraction`.
+
+        Returns
+        -------
+        self : estimator
+        """
+        self._fit(X, y, sample_weight, X_val, y_val)
+        self.classes_ = self.target_.classes
+        if self.target_.task_names is not None:
+            self.target_names_ = self.target_.task_names
+        return self
+
+    def _make_target(self, y):
+        return classification_target(y, getattr(self, "class_weight", None))
+
+    def predict_proba(self, X):
+        """Probability of every class, or of a positive in every task.
+
+        Parameters
+        ----------
+        X : DataFrame of shape (n_samples, n_columns), or array if `modalities` is None
+
+        Returns
+        -------
+        proba : array of shape (n_samples, n_classes) or (n_samples, n_tasks)
+        """
+        check_is_fitted(self)
+        return self.target_.probabilities(self._predict(X))
+
+    def predict(self, X):
+        """Most probable class; with several tasks, 1 where the probability is above one half.
+
+        Parameters
+        ----------
+        X : DataFrame of shape (n_samples, n_columns), or array if `modalities` is None
+
+        Returns
+        -------
+        y : array of shape (n_samples,) or (n_samples, n_tasks)
+        """
+        check_is_fitted(self)
+        return self.target_.decide(self.predict_proba(X))
+
+    def __sklearn_tags__(self):
+        """Tags: several yes-or-no outcomes are welcome."""
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_label = True
+        return tags
+
+
+class TorchRegressor(RegressorMixin, TorchEstimator):
+    """Face of a regressor: one or several real numbers."""
+
+    @with_progress
+    def fit(self, X, y, sample_weight=None, *, X_val=None, y_val=None):
+        """Fit to training rows.
+
+        Parameters
+        ----------
+        X : DataFrame of shape (n_samples, n_columns), or array if `modalities` is None
+            A missing modality is a null cell.
+        y : array of shape (n_samples,) or (n_samples, n_outputs)
+        sample_weight : array of shape (n_samples,), optional
+        X_val, y_val : as X and y, optional
+            Validation rows of one's own instead of `validation_fraction`.
+
+        Returns
+        -------
+        self : estimator
+        """
+        return self._fit(X, y, sample_weight, X_val, y_val)
+
+    def _make_target(self, y):
+        return ValueTarget(y)
+
+    def predict(self, X):
+        """Expected value.
+
+        Parameters
+        ----------
+        X : DataFrame of shape (n_samples, n_columns), or array if `modalities` is None
+
+        Returns
+        -------
+        y : array of shape (n_samples,) or (n_samples, n_outputs)
+        """
+        check_is_fitted(self)
+        return self.target_.values(self._predict(X))
+
+
+class TorchEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstimator):
+    """Face of a pretrainer: learns without labels, gives an embedding."""
+
+    @with_progress
+    def fit(self, X, y=None, *, X_val=None):
+        """Fit to training rows; no label is read.
+
+        Parameters
+        ----------
+        X : DataFrame of shape (n_samples, n_columns), or array if `modalities` is None
+        y : ignored
+        X_val : as X, optional
+            Validation rows of one's own instead of `validation_fraction`.
+
+        Returns
+        -------
+        self : estimator
+        """
+        return self._fit(X, X_val=X_val)
+
+    def transform(self, X):
+        """Embed rows.
+
+        Parameters
+        ----------
+        X : DataFrame of shape (n_samples, n_columns), or array if `modalities` is None
+
+        Returns
+        -------
+        embedding : array of shape (n_samples, n_features_out)
+        """
+        return self._predict(X)
+
+    def score(self, X, y=None):
+        """Negative pretraining loss under a fixed seed, for unsupervised grid search.
+
+        Parameters
+        ----------
+        X : DataFrame of shape (n_samples, n_columns), or array if `modalities` is None
+        y : ignored
+
+        Returns
+        -------
+        score : float
+        """
+        check_is_fitted(self)
+        X = self._frame(X, reset=False)
+        device = resolve_device(self.device)
+        data = self._data(X, weight=np.ones(len(X), "float32"))
+        size = self._batch_size(len(data))
+        return -evaluate(self.module_.to(device), data, size, 0, device)["val_loss"]
+
+    @property
+    def _n_features_out(self):
+        return self.module_.n_outputs
+
+    def __sklearn_tags__(self):
+        """Tags: the embedding is float whatever came in."""
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = []
+        return tags

@@ -1,0 +1,22 @@
+"""Honest evaluation of any scikit-learn estimator on data with missing modalities."""
+
+from ehrfuse.evaluation.displays import MissingPatternDisplay
+from ehrfuse.evaluation.metrics import (
+    METRICS,
+    bootstrap_scores,
+    masked_scorer,
+    paired_difference,
+    score_by_pattern,
+)
+from ehrfuse.evaluation.missingness import outcome_by_pattern, presence_informativeness
+
+__all__ = [
+    "METRICS",
+    "MissingPatternDisplay",
+    "bootstrap_scores",
+    "masked_scorer",
+    "outcome_by_pattern",
+    "paired_difference",
+    "presence_informativeness",
+    "score_by_pattern",
+]

@@ -1,0 +1,200 @@
+"""What every evaluation function asks of its inputs: labels, probabilities, groups, patterns.
+
+Everything is matched by position, as in scikit-learn: an index may repeat or be shuffled.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from ehrfuse._patterns import pattern_labels, presence
+
+
+class Tasks(NamedTuple):
+    """Outcomes as one array of 0, 1 and NaN (unknown), one column per task."""
+
+    labels: np.ndarray
+    names: list | None  # None: y was one-dimensional
+
+    @property
+    def known(self):
+        return ~np.isnan(self.labels)
+
+
+def check_labels(y, classes=None) -> Tasks:
+    """Yes/no outcomes from a vector of two classes or an array with one column per task.
+
+    `classes`, where an estimator knows them, say which label of a vector is the positive one.
+    """
+    if np.ndim(y) not in (1, 2):
+        raise ValueError(
+            f"y has {np.ndim(y)} dimensions; pass one label per row, or one column per task."
+        )
+    if len(y) == 0:
+        raise ValueError("y has no rows; there is nothing to evaluate.")
+    if np.ndim(y) == 1:
+        return Tasks(_one_task(pd.Series(y), classes)[:, None], None)
+    frame = pd.DataFrame(y)
+    try:
+        labels = frame.to_numpy(dtype=float, na_value=np.nan)
+    except (TypeError, ValueError):
+        labels = np.full(frame.shape, 2.0)
+    if not np.isin(labels[~np.isnan(labels)], (0, 1)).all():
+        raise ValueError(
+            "y with one column per task must hold 0, 1 and NaN (unknown) only; "
+            "code every task as a yes/no outcome first."
+        )
+    return Tasks(labels, list(frame.columns))
+
+
+def _one_task(y: pd.Series, classes) -> np.ndarray:
+    known = y.notna().to_numpy()
+    values = y.to_numpy(dtype=object)[known]
+    levels = np.unique(values)
+    if classes is not None and len(classes) == 2 and np.isin(levels, classes).all():
+        positive = classes[1]
+    elif all(level in (0, 1) for level in levels):
+        positive = 1
+    elif len(levels) == 2:
+        positive = levels[1]
+    else:
+        shown = ", ".join(map(repr, levels[:5]))
+        raise ValueError(
+            f"y holds {len(levels)} classes ({shown}); these scores are for yes/no outcomes: "
+            "pass two classes, or one 0/1 column per class."
+        )
+    labels = np.full(len(y), np.nan)
+    labels[known] = values == positive
+    return labels
+
+
+def check_proba(proba, tasks: Tasks, classes=None) -> np.ndarray:
+    """Probability of the positive class, shape (n_samples, n_tasks), from any `predict_proba`.
+
+    Accepts (n_samples,), the (n_samples, 2) of a binary classifier, (n_samples, n_tasks), and
+    the list of (n_samples, 2) of scikit-learn's multi-output classifiers.
+    """
+    n_rows, n_tasks = tasks.labels.shape
+    if isinstance(proba, list) and len(proba) and np.ndim(proba[0]) == 2:
+        levels = classes if classes is not None else [None] * len(proba)
+        blocks = zip(proba, levels, strict=True)
+        array = np.column_stack([_positive_column(block, level) for block, level in blocks])
+    else:
+        array = np.asarray(proba, dtype=float)
+        if n_tasks == 1:
+            array = _positive_column(array, classes)
+    if array.shape != (n_rows, n_tasks):
+        raise ValueError(
+            f"The probabilities have shape {np.shape(proba)}, but y has {n_rows} rows and "
+            f"{n_tasks} task(s); pass predict_proba(X) of the same rows."
+        )
+    seen = array[tasks.known]
+    # A hair of room: float32 sums of ensembles end at 1.0000001.
+    if not ((seen >= -1e-6) & (seen <= 1 + 1e-6)).all():
+        raise ValueError(
+            "The probabilities must lie between 0 and 1 and hold no NaN where the label is known; "
+            "pass predict_proba(X), not decision_function(X)."
+        )
+    return np.clip(array, 0, 1)
+
+
+def _positive_column(block, classes) -> np.ndarray:
+    block = np.asarray(block, dtype=float)
+    if block.ndim == 2 and block.shape[1] == 2:
+        return block[:, [1]]
+    # A classifier that saw one class gives one column of ones, for that class.
+    if block.ndim == 2 and block.shape[1] == 1 and classes is not None and len(classes) == 1:
+        return np.full_like(block, float(classes[0] == 1))
+    return block[:, None] if block.ndim == 1 else block
+
+
+def check_frame(X) -> pd.DataFrame:
+    """X as it is, if it is a frame with rows and every column name once."""
+    if not isinstance(X, pd.DataFrame):
+        raise TypeError(f"X is a {type(X).__name__}; pass a pandas DataFrame, one row per case.")
+    twice = list(X.columns[X.columns.duplicated()].unique())
+    if twice:
+        raise ValueError(f"X has the column names {twice} more than once; rename the columns.")
+    if len(X) == 0:
+        raise ValueError("X has no rows; there is nothing to evaluate.")
+    return X
+
+
+def check_rows(n_rows: int, **others):
+    """Raise unless every array among `others` that is not None has `n_rows` rows."""
+    for name, other in others.items():
+        if other is not None and len(other) != n_rows:
+            raise ValueError(f"{name} has {len(other)} rows, but {n_rows} are needed, one per row.")
+
+
+def group_values(groups, X: pd.DataFrame | None = None):
+    """Values of the group of every row: the column that `groups` names, else `groups` itself."""
+    if not isinstance(groups, str):
+        return groups
+    if X is None or groups not in X.columns:
+        raise ValueError(
+            f"groups={groups!r} names no column here; pass a column of X or one value per row."
+        )
+    return X[groups]
+
+
+def group_codes(groups, n_rows: int) -> np.ndarray:
+    """Group of every row as an integer from 0; without groups every row is its own."""
+    if groups is None:
+        return np.arange(n_rows)
+    check_rows(n_rows, groups=groups)
+    codes, _ = pd.factorize(pd.Series(groups).to_numpy(dtype=object))
+    if (codes < 0).any():
+        raise ValueError(
+            f"groups is null in {int((codes < 0).sum())} rows; give every row its patient, "
+            "or leave these rows out."
+        )
+    return codes
+
+
+class Patterns(NamedTuple):
+    """Missing patterns of a frame, the most frequent first, the pooled rest last."""
+
+    kinds: pd.DataFrame  # pattern, then one nullable bool column per modality
+    rows: np.ndarray  # (n_samples,): which row of `kinds` each case belongs to
+    present: pd.DataFrame  # (n_samples, n_modalities) of bool
+
+
+def check_present(X, modalities) -> pd.DataFrame:
+    """Presence of every modality, after X and modalities were looked at."""
+    check_frame(X)
+    if not isinstance(modalities, Mapping):
+        raise TypeError(
+            f"modalities is a {type(modalities).__name__}; "
+            "pass a dict of modality name to modality, column or list of columns."
+        )
+    present = presence(X, modalities)
+    if present.shape[1] == 0:
+        raise ValueError("modalities is empty; name at least one modality and its columns.")
+    return present
+
+
+def find_patterns(X, modalities, *, min_count=1, max_patterns=None) -> Patterns:
+    """Patterns of X; those of fewer than `min_count` rows or beyond `max_patterns` are pooled."""
+    present = check_present(X, modalities)
+    flags, first, rows, counts = np.unique(
+        present.to_numpy(), axis=0, return_index=True, return_inverse=True, return_counts=True
+    )
+    labels = pattern_labels(present)[first]
+    order = np.lexsort((labels.astype(str), -counts))
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    kinds = pd.DataFrame(flags[order], columns=present.columns, dtype="boolean")
+    kinds.insert(0, "pattern", labels[order], allow_duplicates=True)
+    kept = int((counts >= min_count).sum())
+    kept = kept if max_patterns is None else min(kept, max_patterns)
+    rows = rank[np.ravel(rows)]
+    # A lone rare pattern keeps its name: "other (1 pattern)" would say less.
+    if len(kinds) - kept > 1:
+        pooled = pd.DataFrame([[f"other ({len(kinds) - kept} patterns)"]], columns=["pattern"])
+        pooled = pooled.reindex(columns=kinds.columns).astype(kinds.dtypes)
+        kinds = pd.concat([kinds[:kept], pooled], ignore_index=True)
+        rows = np.minimum(rows, kept)
+    return Patterns(kinds, rows, present)

@@ -1,0 +1,7 @@
+"""Methods: one paper, one file. Adding one is a file and two lines here."""
+
+from ehrfuse.methods import fusion, mmnar
+from ehrfuse.methods.fusion import *
+from ehrfuse.methods.mmnar import *
+
+__all__ = [*fusion.__all__, *mmnar.__all__]

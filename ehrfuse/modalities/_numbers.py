@@ -1,0 +1,138 @@
+"""Numeric columns with holes: reading, robust scales, quantile bins."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from pandas.api.types import infer_dtype, is_bool_dtype, is_numeric_dtype
+
+from ehrfuse.modalities._base import describe
+from ehrfuse.nn.numeric import NumericFeatures
+
+COLUMNS_AT_ONCE = 64  # a sort copies its input, so wide tables are sorted in strips
+
+
+def is_number_column(column: pd.Series) -> bool:
+    """Whether a column holds numbers: by its dtype, or by its cells where the dtype is object."""
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        return False
+    if is_numeric_dtype(column.dtype) or is_bool_dtype(column.dtype):
+        return True
+    if column.dtype != object:
+        return False
+    kinds = ("integer", "floating", "mixed-integer-float", "decimal", "boolean")
+    return bool(column.notna().any()) and infer_dtype(column, skipna=True) in kinds
+
+
+def read_numbers(cells: pd.DataFrame, columns: list[str]) -> np.ndarray:
+    """Columns as one float32 table with NaN for null; written in place, one column at a time."""
+    table = np.empty((len(cells), len(columns)), "float32")
+    for j, name in enumerate(columns):
+        column = cells[name]
+        if not is_numeric_dtype(column.dtype):
+            column = _parse(column)
+        with np.errstate(over="ignore"):
+            table[:, j] = column.to_numpy(dtype="float32", na_value=np.nan)
+        if np.isinf(table[:, j]).any():
+            row = int(np.flatnonzero(np.isinf(table[:, j]))[0])
+            raise ValueError(
+                f"Column {name!r} holds infinity in row {row}; numbers must be finite (and fit "
+                "float32). Replace it by a null cell or a finite number."
+            )
+    return table
+
+
+def _parse(column):
+    numbers = pd.to_numeric(column.astype(object), errors="coerce")
+    bad = np.flatnonzero((numbers.isna() & column.notna()).to_numpy())
+    if len(bad):
+        raise ValueError(
+            f"Column {column.name!r} holds numbers, but row {bad[0]} holds "
+            f"{describe(column.iloc[bad[0]])}; make it a number or a null cell."
+        )
+    return numbers.astype("float64")
+
+
+def quantiles(table: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """Quantiles of every column (n, p) over its known cells: (len(levels), p); NaN where none."""
+    found = np.full((len(levels), table.shape[1]), np.nan, "float32")
+    for start in range(0, table.shape[1], COLUMNS_AT_ONCE):
+        part = np.sort(table[:, start : start + COLUMNS_AT_ONCE], axis=0)  # NaN goes last
+        known = (~np.isnan(part)).sum(0)
+        place = levels[:, None] * np.maximum(known - 1, 0)
+        below, column = np.floor(place).astype(int), np.arange(part.shape[1])
+        above = np.minimum(below + 1, np.maximum(known - 1, 0))
+        low, high = part[below, column], part[above, column]
+        found[:, start : start + COLUMNS_AT_ONCE] = low + (high - low) * (place - below)
+    return found
+
+
+@dataclass(frozen=True)
+class RobustScale:
+    """Median to 0 and interquartile range to 1.349, as for a normal variable of sd 1.
+
+    Where half of the values are equal, the range between the 5 % and 95 % quantile, then the whole
+    range, takes the place of the interquartile one. A constant or empty column keeps its unit.
+    """
+
+    center: np.ndarray
+    scale: np.ndarray
+
+    @classmethod
+    def learn(cls, table: np.ndarray) -> "RobustScale":
+        """From the known cells of (n, p)."""
+        if not len(table):
+            return cls(np.zeros(table.shape[1], "float32"), np.ones(table.shape[1], "float32"))
+        low, q05, q25, q50, q75, q95, high = quantiles(
+            table, np.array([0, 0.05, 0.25, 0.5, 0.75, 0.95, 1])
+        )
+        scale = (q75 - q25) / 1.349
+        for spread in ((q95 - q05) / 3.29, (high - low) / 4):
+            scale = np.where(scale > 0, scale, spread)
+        scale = np.where(scale > 0, scale, 1)  # also where it is NaN
+        return cls(np.nan_to_num(q50).astype("float32"), scale.astype("float32"))
+
+    def apply(self, table: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Scaled copy of (n, p), or in place with ``out=table``."""
+        out = np.subtract(table, self.center, out=out)
+        return np.divide(out, self.scale, out=out)
+
+
+def edges_of(table: np.ndarray, n_bins: int) -> np.ndarray:
+    """Quantile edges (p, n_bins + 1) of scaled columns; zeros where nothing is known."""
+    if not len(table):
+        return np.zeros((table.shape[1], n_bins + 1), "float32")
+    return np.nan_to_num(quantiles(table, np.linspace(0, 1, n_bins + 1)).T.astype("float32")).copy()
+
+
+def numeric_features(
+    table: np.ndarray, n_bins: int, present: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What `NumericFeatures` needs, from scaled training rows: bin edges, flags, mean features."""
+    table = table if present.all() else table[present]
+    edges = edges_of(table, n_bins)
+    flags = distinct_flags(table)
+    features = NumericFeatures(torch.from_numpy(edges), torch.from_numpy(flags))
+    features.learn_center(torch.from_numpy(table))
+    return {"edges": edges, "flags": flags, "center": features.center.numpy()}
+
+
+def build_features(learned: dict[str, np.ndarray]) -> NumericFeatures:
+    """The module of what `numeric_features` has learned."""
+    # Copies: a model that joblib maps from disk holds read-only arrays.
+    features = NumericFeatures(torch.tensor(learned["edges"]), torch.tensor(learned["flags"]))
+    features.center.copy_(torch.tensor(learned["center"]))
+    return features
+
+
+def distinct_flags(table: np.ndarray) -> np.ndarray:
+    """Columns whose missing cells differ from those of all columns before, and that have some."""
+    kept, known = [], set()
+    for j in range(table.shape[1]):
+        missing = np.isnan(table[:, j])
+        pattern = np.packbits(missing).tobytes()
+        if missing.any() and pattern not in known:
+            known.add(pattern)
+            kept.append(j)
+    return np.array(kept, dtype="int64")

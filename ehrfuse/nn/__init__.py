@@ -1,0 +1,1 @@
+"""Torch modules: what cores are built from. Nothing here knows of frames or estimators."""

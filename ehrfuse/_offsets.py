@@ -55,12 +55,12 @@ class Calibration:
             known = (weight > 0) & ~np.isnan(Y[:, task]).any(axis=1)
             if len(np.unique(Y[known][:, task])) < 2:
                 continue
-            rows = P[:, task], Y[:, task], weight
-            pooled = self._fit_one(*(a[known] for a in rows), np.zeros(2), WEAK)
-            for k in range(n_folds):
-                own = (a[known & (fold == k)] for a in rows)
-                best = self._fit_one(*own, pooled, FIRM) if n_folds > 1 else pooled
-                self.coef_[k, task] = best
+            p, y = P[:, task], Y[:, task]
+            pooled = self._fit_one(p[known], y[known], weight[known], np.zeros(2), WEAK)
+            self.coef_[:, task] = pooled
+            for k in range(n_folds) if n_folds > 1 else ():
+                own = known & (fold == k)
+                self.coef_[k, task] = self._fit_one(p[own], y[own], weight[own], pooled, FIRM)
         return self
 
     def apply(self, P: np.ndarray, model: int) -> np.ndarray:
@@ -125,6 +125,10 @@ class Rule:
     gate: tuple[float, float] | None
     min_count: int
 
+    def base(self, log_odds: np.ndarray) -> np.ndarray:
+        """Turn log-odds into what offsets are added to."""
+        return log_odds if self.scale == "logit" else expit(log_odds)
+
     def add(self, base: np.ndarray, tau: np.ndarray) -> np.ndarray:
         """Probabilities after the offset."""
         return expit(base + tau) if self.scale == "logit" else np.clip(base + tau, 0, 1)
@@ -144,7 +148,8 @@ class Rule:
         bounded = np.clip(mean, 0, 1)
         _, cluster = np.unique(rows.cluster, return_inverse=True)
         by_group = np.bincount(cluster, rows.weight * (rows.y - mean))
-        return max(float(rows.weight**2 @ (bounded * (1 - bounded))), by_group @ by_group, TINY)
+        binomial = rows.weight**2 @ (bounded * (1 - bounded))
+        return max(float(binomial), float(by_group @ by_group), TINY)
 
     def solve(self, rows: Rows, centre: float = 0.0, ridge: float = 0.0) -> float:
         """Offset at which observed and expected events agree, pulled to `centre` by `ridge`."""

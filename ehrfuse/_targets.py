@@ -45,7 +45,7 @@ class ClassTarget:
         self.classes = np.unique(y)
         if len(self.classes) < 2:
             raise ValueError(
-                f"y holds one class only, {self.classes[0]!r}; a classifier needs at least two "
+                f"y holds one class only, {self.classes.tolist()[0]!r}; a classifier needs at least two "
                 "classes. Look at the cohort or the split that left the others out."
             )
         self.n_outputs = 1 if len(self.classes) == 2 else len(self.classes)
@@ -63,8 +63,8 @@ class ClassTarget:
         unknown = y[self.classes[place] != y]
         if len(unknown):
             raise ValueError(
-                f"y holds {unknown[0]!r}, which was not among the classes of fit: "
-                f"{list(self.classes)}."
+                f"y holds {unknown.tolist()[0]!r}, which was not among the classes of fit: "
+                f"{self.classes.tolist()}."
             )
         return place[:, None].astype("float32")
 
@@ -150,7 +150,7 @@ class TaskTarget:
         bad = y[~(np.isnan(y) | (y == 0) | (y == 1))]
         if len(bad):
             raise ValueError(
-                f"y of several tasks must hold 0, 1 or NaN (unknown class), got {bad[0]!r}."
+                f"y of several tasks must hold 0, 1 or NaN (unknown class), got {bad[0]:g}."
             )
         if y.shape[1] != len(self.task_names):
             raise ValueError(f"y has {y.shape[1]} tasks, fit had {len(self.task_names)}.")

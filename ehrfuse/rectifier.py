@@ -9,7 +9,6 @@ import warnings
 
 import numpy as np
 import pandas as pd
-from scipy.special import expit
 from sklearn.base import BaseEstimator, ClassifierMixin, MetaEstimatorMixin, clone
 from sklearn.utils import assert_all_finite, check_random_state, column_or_1d, get_tags
 from sklearn.utils.multiclass import check_classification_targets
@@ -88,26 +87,29 @@ class Rectifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
 
     Notes
     -----
-    *Offsets.* tau solves ``mean(sigmoid(logit p + tau)) = mean(y)``; if all labels of a pattern
-    agree, half an event is assumed. A level's variance around its parent is found by the method of
-    moments (DerSimonian and Laird) and tau is the posterior mode, so that an offset which noise
-    explains becomes exactly its parent's. The global one is shrunk towards 0. Standard errors
-    allow for repeated rows of a group.
+    *Offsets.* ``tau_raw`` solves ``mean(sigmoid(logit p + tau)) = mean(y)``. Where all labels of a
+    pattern agree that has no finite root: half an event is assumed, and without shrinkage the
+    parent's offset is applied. With it, the variance of a level around the one above comes from
+    the method of moments [3]_ and tau is the posterior mode, so that offsets which noise explains
+    become exactly their parents'. The global one is shrunk towards 0. Standard errors allow for
+    repeated rows of a group.
 
-    *Cross-fitting.* All models share the offsets, found on the pooled held-out rows: every residual
-    is of a model that did not see the row, and the mean of the models' outputs has the mean of
-    their biases, which the pooled rows estimate. Offsets fold by fold would be as noisy on average,
-    with rare patterns lost. Probabilities are averaged, so that pattern means stay right.
+    *Cross-fitting.* Every model is calibrated on the fold it did not see, gently pulled to the
+    calibration of all folds. All models share the offsets, found on the pooled held-out rows, as
+    in [2]_: every residual is of a model that did not see the row, and the average of the models
+    has the average of their biases, which is what the pooled rows estimate. Offsets fold by fold
+    would average to the same, noisier where a pattern has few rows per fold and shrunk too much.
+    Probabilities are averaged, not log-odds, so that pattern means stay right.
 
     *Limits.* An offset repairs the mean within a pattern, not a bias that varies inside it, and
     keeps the order of one model's rows there. Several classes: one-versus-rest offsets, then
-    divided by their sum, so that pattern means hold nearly. Without `estimator` parameters that
-    take ``sample_weight``, weights serve the calibration only.
+    divided by their sum, so that pattern means hold nearly.
 
-    *Differences from the paper.* Logit scale, shrinkage by posterior mode, no ranking correction,
-    no importance weights from test rows.
-    A pattern not seen in fit takes the offset of the observed pattern with one modality more or
-    less (the most frequent), else that of its count, else the global one, and predict warns.
+    *New patterns* take the offset of the observed pattern with one modality more or less (of
+    several, the most frequent), else that of their count, else the global one; predict warns.
+
+    *Differences from the paper.* Residuals are always held out; logit scale by default; shrinkage
+    by posterior mode; no ranking correction; no importance weights, which would read test rows.
 
     References
     ----------
@@ -170,7 +172,9 @@ class Rectifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
         Parameters
         ----------
         X : DataFrame or array of shape (n_samples, n_columns)
-        y : array of shape (n_samples,), or (n_samples, n_tasks) of 0, 1 and NaN for unknown
+            As the estimator takes it, with the groups column where `groups` names one.
+        y : array of shape (n_samples,) or (n_samples, n_tasks)
+            Classes; or per task 0, 1 and NaN for unknown.
         sample_weight : array of shape (n_samples,), default=None
             Counts in the estimator, if its fit takes weights, and in the correction.
 
@@ -195,8 +199,8 @@ class Rectifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
         rows = np.concatenate(held)
         self._calibration = Calibration(self.calibrate, self._task_kind == "multiclass")
         self._calibration.fit(np.concatenate(P), Y[rows], weight[rows], fold)
-        base = np.concatenate([self._base(p, k) for k, p in enumerate(P)])
         rule = Rule(self.scale, self.shrink, self.gate, self.min_count)
+        base = np.concatenate([rule.base(self._calibration.apply(p, k)) for k, p in enumerate(P)])
         self._offsets = Offsets(rule, kinds)
         self._offsets.fit(base, Y[rows], weight[rows], cluster[rows], kind[rows])
         labels = pattern_labels(present[list(self._columns) or list(present)].iloc[first])
@@ -211,6 +215,7 @@ class Rectifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
         Parameters
         ----------
         X : DataFrame or array of shape (n_samples, n_columns)
+            As in fit; the groups column may be absent.
 
         Returns
         -------
@@ -219,9 +224,11 @@ class Rectifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
         check_is_fitted(self, "estimators_")
         if isinstance(X, pd.DataFrame) and self._hidden in X.columns:
             X = X.drop(columns=self._hidden)
-        bases = [self._base(self._inner(m, X), k) for k, m in enumerate(self.estimators_)]
         tau = self._tau_of_rows(X) if self._columns else self._offsets.tau_
-        P = np.mean([self._corrected(base, tau) for base in bases], axis=0)
+        P = np.mean(
+            [self._corrected(self._inner(m, X), k, tau) for k, m in enumerate(self.estimators_)],
+            axis=0,
+        )
         return np.column_stack([1 - P, P]) if self._task_kind == "binary" else P
 
     def predict(self, X):
@@ -230,6 +237,7 @@ class Rectifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
         Parameters
         ----------
         X : DataFrame or array of shape (n_samples, n_columns)
+            As in fit; the groups column may be absent.
 
         Returns
         -------
@@ -272,12 +280,9 @@ class Rectifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
         groups = self.groups
         if groups is None and isinstance(getattr(self.estimator, "groups", None), str):
             groups = self.estimator.groups
+        if modalities or groups is not None:
+            _check_frame(X)
         if not isinstance(X, pd.DataFrame):
-            if modalities or groups is not None:
-                raise TypeError(
-                    f"X is a {type(X).__name__}, but modalities and groups name columns; "
-                    "give a pandas DataFrame."
-                )
             self._hidden, self._columns = None, {}
             X = validate_data(self, X, accept_sparse="csr", dtype=None, ensure_all_finite=False)
             return X, np.arange(X.shape[0])
@@ -296,10 +301,11 @@ class Rectifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
         """Return y for the estimator, 0/1/NaN of (n, n_tasks), and a code to stratify by."""
         if y is None:
             raise ValueError("Rectifier requires y to be passed, but the target y is None.")
+        y = y if hasattr(y, "iloc") else np.asarray(y)
         check_consistent_length(y, np.empty(n_rows))
-        if np.ndim(y) == 2 and np.shape(y)[1] > 1:
+        if y.ndim == 2 and y.shape[1] > 1:
             return self._read_tasks(y)
-        y = column_or_1d(y if hasattr(y, "iloc") else np.asarray(y), warn=True)
+        y = column_or_1d(y, warn=True)
         if (lost := pd.isna(y).sum()) > 0:
             raise ValueError(
                 f"y contains NaN: {lost} labels are unknown; drop those rows "
@@ -353,6 +359,7 @@ class Rectifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
         """Which modalities each row has, in an order that does not depend on the user's."""
         if not self._columns:
             return pd.DataFrame({"(all)": np.ones(X.shape[0], dtype=bool)})
+        _check_frame(X)
         return presence(X, self._columns)[sorted(self._columns)]
 
     def _split(self, code, kind, cluster):
@@ -379,7 +386,9 @@ class Rectifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
                 f"{len(leaders)} {unit} cannot be split into training and held-out ones "
                 f"(n_samples={len(code)}); give more."
             )
-        for number, name in enumerate(self.classes_ if self._task_kind != "several" else ()):
+        for number, name in enumerate(
+            self.classes_.tolist() if self._task_kind != "several" else ()
+        ):
             alone = len(np.unique(cluster[code == number])) < 2
             if alone or any(number not in code[train] for train, _ in parts):
                 raise ValueError(
@@ -409,13 +418,10 @@ class Rectifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
             )
         return P
 
-    def _base(self, P, model):
-        """Calibrated log-odds, or probabilities, to which offsets are added."""
-        base = self._calibration.apply(P, model)
-        return base if self.scale == "logit" else expit(base)
-
-    def _corrected(self, base, tau):
-        P = self._offsets.rule.add(base, tau)
+    def _corrected(self, P, model, tau):
+        """Probabilities of one model, calibrated and moved by the offsets."""
+        rule = self._offsets.rule
+        P = rule.add(rule.base(self._calibration.apply(P, model)), tau)
         if self._task_kind != "multiclass":
             return P
         total = P.sum(axis=1, keepdims=True)
@@ -427,9 +433,10 @@ class Rectifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
         found = [self._offsets.of(kind) for kind in kinds]
         new = [kind for kind, (_, known) in zip(kinds, found, strict=True) if not known]
         if new:
-            labels = pattern_labels(pd.DataFrame(new, columns=sorted(self._columns)))
+            flags = pd.DataFrame(new, columns=sorted(self._columns))
+            labels = pattern_labels(flags[list(self._columns)])
             warnings.warn(
-                f"Patterns not seen in fit: {', '.join(labels)}; they take the offset of a near one.",
+                f"Patterns not seen in fit take the offset of a near one: {', '.join(labels)}.",
                 UserWarning,
                 stacklevel=3,
             )
@@ -438,6 +445,17 @@ class Rectifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
 
 def _take(array, rows):
     return array.iloc[rows] if hasattr(array, "iloc") else array[rows]
+
+
+def _check_frame(X):
+    if not isinstance(X, pd.DataFrame):
+        raise TypeError(
+            f"X is a {type(X).__name__}, but modalities and groups name columns; "
+            "give a pandas DataFrame."
+        )
+    if not X.columns.is_unique:
+        twice = X.columns[X.columns.duplicated()].tolist()
+        raise ValueError(f"X has columns of the same name: {twice}; give each its own.")
 
 
 def _codes(X, groups):

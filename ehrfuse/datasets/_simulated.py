@@ -30,6 +30,7 @@ STREAM = {  # centre, spread, loading at the start and its rise to the end, even
     "TEMP": (37.1, 0.7, 0.05, 0.1, 1.5),
 }
 DRUG = ("NOREPINEPHRINE", -0.8, 0.6)  # a code without a value: log rate and its slope in u
+SILENT = 0.01  # share of streams and notes with nothing in them
 VISIT_FIELDS = {  # centre, spread, loading
     "sbp": (134.0, 17.0, 0.25),
     "glucose": (118.0, 30.0, 0.3),
@@ -149,13 +150,18 @@ def _make_course(rng, people, present, cell_missing):
     drug, level, slope = DRUG
     counts = rng.poisson(mean, (n_rows, len(mean)))
     given = rng.poisson(np.exp(level + slope * u))
+    silent = rng.random(n_rows) < SILENT
+    counts[silent], given[silent] = 0, 0
     row, code = np.repeat(np.indices(counts.shape).reshape(2, -1), counts.ravel(), axis=1)
     time = rng.uniform(-24, 0, len(row))
     loading = start[code] + rise[code] * (1 + time / 24)
     x = loading * u[row] + np.sqrt(1 - loading**2) * rng.normal(size=len(row))
     linear, square = (np.bincount(row, t, n_rows) for t in _terms(x, loading))
     known = _quadratic(linear, square)
-    known += given[:, None] * (level + slope * GRID) - np.exp(level + slope * GRID)
+    rate = np.exp(level + slope * GRID)
+    known += given[:, None] * np.log(rate) - rate
+    none = counts.sum(axis=1) + given == 0  # by accident or because nothing was recorded
+    known[none] = np.log(SILENT + (1 - SILENT) * np.exp(-mean.sum() - rate))
 
     row = np.concatenate([row, np.repeat(np.arange(n_rows), given)])
     code = np.concatenate([code, np.full(given.sum(), len(mean))])
@@ -209,7 +215,7 @@ def _make_note(rng, people, present, cell_missing):
     phrases = np.array([*ALARMING, *REASSURING, *NEUTRAL], dtype=object)
     slope = np.repeat([0.45, -0.45, 0.0], [len(ALARMING), len(REASSURING), len(NEUTRAL)])
     n_rows = len(u)
-    count = np.where(rng.random(n_rows) < 0.01, 0, 3 + rng.poisson(3.0, n_rows))
+    count = np.where(rng.random(n_rows) < SILENT, 0, 3 + rng.poisson(3.0, n_rows))
     row = np.repeat(np.arange(n_rows), count)
     # The largest of independent Gumbel variables around the logits falls as the softmax says.
     said = np.argmax(slope * u[row][:, None] + rng.gumbel(size=(len(row), len(slope))), axis=1)

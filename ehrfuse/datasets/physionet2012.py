@@ -105,6 +105,7 @@ def load_physionet2012(return_X_y=False):
             SAPS-I, SOFA, length of stay (days) and survival (days). Scores and outcomes to compare
             with, never inputs.
         description : str
+            Source, licence and contents.
 
     (X, y) : tuple
         If `return_X_y` is True.
@@ -138,7 +139,7 @@ def load_physionet2012(return_X_y=False):
     >>> data.X.shape, int(data.y.sum())
     ((2000, 17), 283)
     >>> float(data.X["lactate"].isna().mean())  # not measured
-    0.4495
+    0.459
     """
     folder = files("ehrfuse.datasets") / "data"
     with (

@@ -117,6 +117,7 @@ def make_ehr(
         pattern_offset : array of shape (n_samples,)
             What the pattern adds to the log-odds.
         description : str
+            What was simulated.
 
     See Also
     --------
@@ -136,8 +137,8 @@ def make_ehr(
     :math:`a_m` and :math:`\alpha_t` give the rates that were asked for. Numbers are normal or
     log-normal around a multiple of u, words and codes multinomial and Bernoulli, counts of events
     Poisson, pixels normal and rounded; the oracle takes each exactly as it is. Under ``"mar"`` and
-    ``"mcar"`` with `pattern_effect` 0 both oracles are equal. About one note in a hundred is an
-    empty string, and some streams and histories are empty lists: present, with nothing in them.
+    ``"mcar"`` with `pattern_effect` 0 both oracles are equal. One note or stream in a hundred is
+    an empty string or list, as are some histories: present, with nothing in them.
 
     Examples
     --------

@@ -85,10 +85,10 @@ class Rest:
         """Feature matrix and mask of categories from all columns that modality lacks."""
         own = set(self.columns[name])
         matrix, categorical = [], []
-        for other, columns in self.columns.items():
-            # A column that two modalities share would tell of the one through the other.
+        for columns in self.columns.values():
+            # Shared columns go too: they would tell of the one modality through the other.
             left = [column for column in columns if column in self.present and column not in own]
-            if other == name or not left:
+            if not left:
                 continue
             matrix.append(np.any([self.present[column] for column in left], axis=0))
             categorical.append(False)

@@ -140,8 +140,9 @@ def group_values(groups, X: pd.DataFrame | None = None):
     return X[groups]
 
 
-def group_codes(groups, n_rows: int) -> np.ndarray:
+def group_codes(groups, n_rows: int, X: pd.DataFrame | None = None) -> np.ndarray:
     """Group of every row as an integer from 0; without groups every row is its own."""
+    groups = group_values(groups, X)
     if groups is None:
         return np.arange(n_rows)
     check_rows(n_rows, groups=groups)
@@ -152,6 +153,9 @@ def group_codes(groups, n_rows: int) -> np.ndarray:
             "or leave these rows out."
         )
     return codes
+
+
+_TABLE_COLUMNS = {"task", "pattern", "n", "share", "known", "rate", "lo", "hi"}
 
 
 class Patterns(NamedTuple):
@@ -179,6 +183,9 @@ def check_present(X, modalities) -> pd.DataFrame:
 def find_patterns(X, modalities, *, min_count=1, max_patterns=None) -> Patterns:
     """Patterns of X; those of fewer than `min_count` rows or beyond `max_patterns` are pooled."""
     present = check_present(X, modalities)
+    clash = sorted(_TABLE_COLUMNS.intersection(present.columns))
+    if clash:
+        raise ValueError(f"Modalities are named {clash}, as columns of the table; rename them.")
     flags, first, rows, counts = np.unique(
         present.to_numpy(), axis=0, return_index=True, return_inverse=True, return_counts=True
     )
@@ -187,7 +194,7 @@ def find_patterns(X, modalities, *, min_count=1, max_patterns=None) -> Patterns:
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     kinds = pd.DataFrame(flags[order], columns=present.columns, dtype="boolean")
-    kinds.insert(0, "pattern", labels[order], allow_duplicates=True)
+    kinds.insert(0, "pattern", labels[order])
     kept = int((counts >= min_count).sum())
     kept = kept if max_patterns is None else min(kept, max_patterns)
     rows = rank[np.ravel(rows)]

@@ -14,7 +14,6 @@ from ehrfuse.evaluation._inputs import (
     check_rows,
     find_patterns,
     group_codes,
-    group_values,
 )
 from ehrfuse.evaluation._resampling import (
     METRICS,
@@ -360,7 +359,7 @@ def score_by_pattern(
     proba = check_proba(proba, tasks)
     patterns = find_patterns(X, modalities, min_count=min_count)
     check_rows(len(X), y=y)
-    codes = group_codes(group_values(groups, X), len(X))
+    codes = group_codes(groups, len(X), X)
     settings = {
         "metrics": metrics,
         "n_resamples": n_resamples,

@@ -20,7 +20,6 @@ from ehrfuse.evaluation._inputs import (
     check_rows,
     find_patterns,
     group_codes,
-    group_values,
 )
 from ehrfuse.evaluation.metrics import bootstrap_scores
 
@@ -67,15 +66,11 @@ def pattern_table(X, modalities, *, y=None, groups=None, min_count=1, max_patter
     patterns = find_patterns(X, modalities, min_count=min_count, max_patterns=max_patterns)
     counts = np.bincount(patterns.rows, minlength=len(patterns.kinds))
     table = patterns.kinds.assign(n=counts, share=counts / len(X))
-    taken = {"pattern", "n", "share", "known", "rate", "lo", "hi", "task"}
-    clash = sorted(taken.intersection(patterns.present.columns))
-    if clash:
-        raise ValueError(f"Modalities are named {clash}, as columns of the table; rename them.")
     if y is None:
         return table
     tasks = check_labels(y)
     check_rows(len(X), y=y)
-    codes = group_codes(group_values(groups, X), len(X))
+    codes = group_codes(groups, len(X), X)
     parts = []
     for labels, known in zip(tasks.labels.T, tasks.known.T, strict=True):
         rows = [known & (patterns.rows == kind) for kind in range(len(table))]
@@ -166,7 +161,7 @@ class _Probe(NamedTuple):
         matrix = np.column_stack([np.zeros(len(target)), *(column[rows] for column in matrix)])
         varies = np.array([len(np.unique(column)) > 1 for column in matrix.T])
         categorical = np.array([False, *categorical])[varies]
-        splits, note = self._folds(target, codes) if varies.any() else ([], "nothing else varies")
+        splits, note = self._folds(target, codes, varies.any())
         if note:
             return np.nan, np.nan, np.nan, note
         told = _out_of_fold(matrix[:, varies], categorical, target, splits, self._seed())
@@ -181,10 +176,12 @@ class _Probe(NamedTuple):
         )
         return *scores.loc["auroc", ["estimate", "lo", "hi"]], ""
 
-    def _folds(self, target, codes):
+    def _folds(self, target, codes, varies):
         """Train and test rows of every fold, or the reason why there are none."""
         if len(np.unique(target)) < 2:
             return [], "one class only" if len(target) else "nothing is known"
+        if not varies:
+            return [], "nothing else varies"
         rows = np.zeros((len(target), 1))
         groups = codes if self.grouped else None
         if hasattr(self.cv, "split"):
@@ -215,7 +212,7 @@ def _out_of_fold(matrix, categorical, target, splits, seed):
             continue
         model = HistGradientBoostingClassifier(
             max_iter=50,
-            max_leaf_nodes=15,
+            max_leaf_nodes=6,
             early_stopping=False,
             categorical_features=categorical,
             random_state=seed,
@@ -291,6 +288,10 @@ def presence_informativeness(
     missingness at random; one near 1 means that presence itself describes the patient, or that
     two modalities come and go together by design.
 
+    The interval of an AUROC is that of fixed out-of-fold predictions and leaves out the noise of
+    fitting again. Near 0.5 it is too narrow for that reason: of simulated frames missing completely
+    at random, a 95 % interval held 0.5 in about 85 of 100.
+
     The interval of the difference is Newcombe's from two Wilson intervals, which are cluster-robust
     with `groups`; where patients have rows with and without the modality it is conservative.
 
@@ -317,7 +318,7 @@ def presence_informativeness(
     if not hasattr(cv, "split"):
         check_scalar(cv, "cv", (int, np.integer), min_val=2)
     present = check_present(X, modalities)
-    codes = group_codes(group_values(groups, X), len(X))
+    codes = group_codes(groups, len(X), X)
     rng = check_random_state(random_state)
     probe = _Probe(codes, groups is not None, cv, n_resamples, confidence, rng)
     rest = Rest(X, modalities, groups, exclude)

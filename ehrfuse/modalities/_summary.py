@@ -1,11 +1,14 @@
 """Summary statistics of event streams: the same facts for networks, trees and examples."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
+from ehrfuse.modalities._base import check_count
 from ehrfuse.modalities._streams import Records, read_records
 
 STATISTICS = ("last", "mean", "min", "max", "sd", "first", "count", "slope", "time_since")
@@ -40,24 +43,76 @@ def event_values(records: Records) -> np.ndarray:
     return values
 
 
-def summarise(records: Records, values: np.ndarray, codes: list[str], now: float) -> np.ndarray:
-    """Statistics of every row and code: (n, len(codes), len(STATISTICS)), NaN where undefined.
+@dataclass(frozen=True)
+class SummaryPlan:
+    """Which numbers describe a stream: learned once, then the same for every row.
 
-    `count` and `time_since` look at all records, the others at records with a value. The slope is
-    the least-squares slope per unit of time; sd has n - 1 below the line.
+    Attributes
+    ----------
+    codes : list of str
+    kept : list of (code, column)
+        Places in `codes` and in `columns` of the numbers that can carry information.
+    columns : list of str
+        Statistics, then the mean of every time window, the earliest first.
+    start, now : float
+        The windows divide the time between them into equal parts.
     """
-    n_rows, n_codes = len(records.offsets) - 1, len(codes)
-    table = np.full((n_rows * n_codes, len(STATISTICS)), np.nan, "float32")
-    table[:, STATISTICS.index("count")] = 0
-    code, row = code_ids(records, codes), records.row
-    key = row * n_codes + code
-    for wanted, fill in ((code >= 0, _timeless), ((code >= 0) & ~np.isnan(values), _valued)):
-        # Stable: within a row and code, records stay in time order.
-        order = np.flatnonzero(wanted)[np.argsort(key[wanted], kind="stable")]
-        if len(order):
-            starts = np.flatnonzero(np.diff(key[order], prepend=-1))
-            fill(table, key[order][starts], starts, records.time[order], values[order], now)
-    return table.reshape(n_rows, n_codes, len(STATISTICS))
+
+    codes: list[str]
+    kept: list[tuple[int, int]]
+    columns: list[str]
+    start: float
+    now: float
+
+    @classmethod
+    def learn(cls, records, values, max_codes, now, n_windows=0, statistics=STATISTICS):
+        """From training rows. A code that never carries a value keeps count and time_since."""
+        codes, valued = learn_codes(records, values, max_codes)
+        windows = [f"mean_{w}of{n_windows}" for w in range(1, n_windows + 1)]
+        columns = [*STATISTICS, *windows]
+        kept = [
+            (j, columns.index(name))
+            for j, code in enumerate(codes)
+            for name in (*statistics, *windows)
+            if code in valued or name in TIMELESS
+        ]
+        start = float(records.time.min(initial=now))
+        return cls(codes, kept, columns, start, now)
+
+    @property
+    def names(self) -> list[str]:
+        """``code__statistic`` of every number."""
+        return [f"{self.codes[j]}__{self.columns[k]}" for j, k in self.kept]
+
+    def table(self, records: Records, values: np.ndarray) -> np.ndarray:
+        """All numbers of all rows: (n, len(kept)), NaN where undefined, count 0 where none."""
+        n_rows, n_codes = len(records.offsets) - 1, len(self.codes)
+        full = np.full((n_rows * n_codes, len(self.columns)), np.nan, "float32")
+        full[:, STATISTICS.index("count")] = 0
+        code = code_ids(records, self.codes)
+        key = records.row * n_codes + code
+        for wanted, fill in ((code >= 0, _timeless), ((code >= 0) & ~np.isnan(values), _valued)):
+            # Stable: within a row and code, records stay in time order.
+            order = np.flatnonzero(wanted)[np.argsort(key[wanted], kind="stable")]
+            if len(order):
+                starts = np.flatnonzero(np.diff(key[order], prepend=-1))
+                fill(full, key[order][starts], starts, records.time[order], values[order], self.now)
+                if fill is _valued:
+                    self._window_means(full, key[order], records.time[order], values[order])
+        full = full.reshape(n_rows, n_codes, len(self.columns))
+        return full[:, [j for j, _ in self.kept], [k for _, k in self.kept]]
+
+    def _window_means(self, full, key, time, values):
+        n_windows = len(self.columns) - len(STATISTICS)
+        if not n_windows:
+            return
+        width = max(self.now - self.start, 1e-6) / n_windows
+        window = np.floor((time - self.start) / width).astype(int).clip(0, n_windows - 1)
+        place = key * n_windows + window
+        count = np.bincount(place, minlength=len(full) * n_windows)
+        total = np.bincount(place, values, minlength=len(full) * n_windows)
+        with np.errstate(invalid="ignore"):
+            full[:, len(STATISTICS) :] = (total / count).reshape(len(full), n_windows)
 
 
 def _ends(starts, n):
@@ -108,6 +163,9 @@ class EventSummary(TransformerMixin, BaseEstimator):
         time_since.
     max_codes : int, default=200
         Keep at most this many codes a column, the most frequent in `fit`.
+    windows : int, default=0
+        Add the mean of every one of so many equal time windows between the earliest training event
+        and `now`.
     now : float, default=0.0
         Time that `time_since` is measured from, in the unit of the events.
     remainder : {"passthrough", "drop"}, default="passthrough"
@@ -115,13 +173,13 @@ class EventSummary(TransformerMixin, BaseEstimator):
 
     Attributes
     ----------
-    codes_ : dict of str to list of str
-        Codes kept for every column.
     columns_ : list of str
+    plans_ : dict of str to SummaryPlan
+        Codes and statistics kept for every column.
 
     Notes
     -----
-    A code that never carried a value in `fit` gets count and time_since only. Count is 0 where the
+    The slope is the least-squares slope per unit of time, sd has n - 1 below the line. A code that never carried a value in `fit` gets count and time_since only. Count is 0 where the
     code did not occur, all else is NaN.
 
     Examples
@@ -139,10 +197,18 @@ class EventSummary(TransformerMixin, BaseEstimator):
     """
 
     def __init__(
-        self, columns=None, *, statistics=STATISTICS, max_codes=200, now=0.0, remainder="passthrough"
+        self,
+        columns=None,
+        *,
+        statistics=STATISTICS,
+        windows=0,
+        max_codes=200,
+        now=0.0,
+        remainder="passthrough",
     ):
         self.columns = columns
         self.statistics = statistics
+        self.windows = windows
         self.max_codes = max_codes
         self.now = now
         self.remainder = remainder
@@ -166,13 +232,15 @@ class EventSummary(TransformerMixin, BaseEstimator):
             raise ValueError(f"remainder={self.remainder!r}; choose 'passthrough' or 'drop'.")
         columns = [c for c in X.columns if _is_stream(X[c])] if self.columns is None else self.columns
         self.columns_ = [columns] if isinstance(columns, str) else list(columns)
-        self.codes_, self._kept = {}, {}
+        check_count(self.windows, "windows", 0)
+        check_count(self.max_codes, "max_codes")
+        self.plans_ = {}
         for column in self.columns_:
             records = read_records(X[column], ("time", "code"))
-            values = event_values(records)
-            codes, valued = learn_codes(records, values, self.max_codes)
-            self.codes_[column] = codes
-            self._kept[column] = kept_statistics(codes, valued, self.statistics)
+            self.plans_[column] = SummaryPlan.learn(
+                records, event_values(records), self.max_codes, self.now, self.windows,
+                self.statistics,
+            )  # fmt: skip
         self.feature_names_in_ = np.asarray(X.columns, dtype=object)
         self.n_features_in_ = X.shape[1]
         return self
@@ -195,11 +263,10 @@ class EventSummary(TransformerMixin, BaseEstimator):
             parts = [_tree_ready(X[c]) for c in rest]
         for column in self.columns_:
             records = read_records(X[column], ("time", "code"))
-            table = summarise(records, event_values(records), self.codes_[column], self.now)
-            kept = self._kept[column]
-            names = [f"{column}__{self.codes_[column][j]}__{STATISTICS[k]}" for j, k in kept]
-            picked = table[:, [j for j, _ in kept], [k for _, k in kept]]
-            parts.append(pd.DataFrame(picked, columns=names, index=X.index))
+            plan = self.plans_[column]
+            names = [f"{column}__{name}" for name in plan.names]
+            table = plan.table(records, event_values(records))
+            parts.append(pd.DataFrame(table, columns=names, index=X.index))
         return pd.concat(parts, axis=1) if parts else pd.DataFrame(index=X.index)
 
     def get_feature_names_out(self, input_features=None):
@@ -217,9 +284,7 @@ class EventSummary(TransformerMixin, BaseEstimator):
         rest = [c for c in self.feature_names_in_ if c not in self.columns_]
         names = rest if self.remainder == "passthrough" else []
         for column in self.columns_:
-            names = names + [
-                f"{column}__{self.codes_[column][j]}__{STATISTICS[k]}" for j, k in self._kept[column]
-            ]
+            names = names + [f"{column}__{name}" for name in self.plans_[column].names]
         return np.asarray(names, dtype=object)
 
     def __sklearn_tags__(self):
@@ -228,16 +293,6 @@ class EventSummary(TransformerMixin, BaseEstimator):
         tags.input_tags.allow_nan = True
         tags.no_validation = True
         return tags
-
-
-def kept_statistics(codes, valued, statistics=STATISTICS) -> list[tuple[int, int]]:
-    """Pairs (code, statistic) that can carry information."""
-    return [
-        (j, STATISTICS.index(name))
-        for j, code in enumerate(codes)
-        for name in statistics
-        if code in valued or name in TIMELESS
-    ]
 
 
 def _is_stream(column: pd.Series) -> bool:

@@ -13,7 +13,7 @@ UNKNOWN = 0  # the one term of a note without known terms, the empty note among 
 
 
 def split(note: str, max_length: int) -> list[str]:
-    """The first `max_length` words of a note, in lower case."""
+    """Cut a note into words in lower case, and keep the first `max_length`."""
     return _WORD.findall(note.lower())[:max_length]
 
 
@@ -46,7 +46,7 @@ class Vocabulary:
     def learn(cls, notes: Iterable[list[str]], min_count: int, max_words: int) -> "Vocabulary":
         """Keep the `max_words` terms found in most notes, none found in fewer than `min_count`."""
         found: dict[str, int] = {}
-        flat, row = _flatten([found.setdefault(word, len(found)) for word in note] for note in notes)
+        flat, row = _flatten([found.setdefault(w, len(found)) for w in note] for note in notes)
         words, n_found, n_notes = list(found), len(found), int(row.max(initial=-1)) + 1
         ids, n_with = _frequent(flat, row, min_count)
         common = np.zeros(n_found + 1, dtype=bool)
@@ -55,9 +55,9 @@ class Vocabulary:
         names = [words[i] for i in ids]
         names += [f"{words[code // n_found]} {words[code % n_found]}" for code in codes]
         # A word comes before a pair as frequent, so that no pair is kept without its two words.
-        ranked = sorted(
-            zip(-np.concatenate([n_with, n_with_pair]), [" " in n for n in names], names, strict=True)
-        )[:max_words]
+        rarity = -np.concatenate([n_with, n_with_pair])
+        is_pair = [" " in name for name in names]
+        ranked = sorted(zip(rarity, is_pair, names, strict=True))[:max_words]
         frequency = -np.array([negative for negative, _, _ in ranked], dtype="float64")
         idf = np.log((1 + n_notes) / (1 + frequency)) + 1
         return cls([name for _, _, name in ranked], idf.astype("float32"))
@@ -79,9 +79,7 @@ class Vocabulary:
         rows = np.concatenate([row[known], pair_row[hit]])
         empty = np.setdiff1d(np.arange(len(notes)), rows)
         ids = np.concatenate([ids, np.full(len(empty), UNKNOWN)])
-        key, count = np.unique(
-            np.concatenate([rows, empty]) * self._base + ids, return_counts=True
-        )
+        key, count = np.unique(np.concatenate([rows, empty]) * self._base + ids, return_counts=True)
         rows, ids = np.divmod(key, self._base)
         weight = (1 + np.log(count)) * np.concatenate([[1.0], self.idf])[ids]
         norm = np.sqrt(np.bincount(rows, weight**2, minlength=len(notes)))

@@ -9,14 +9,7 @@ from ehrfuse._runtime import check_option
 from ehrfuse.modalities._base import Modality, check_count
 from ehrfuse.modalities._numbers import RobustScale, build_features, numeric_features
 from ehrfuse.modalities._streams import Records, encode_strings, read_records
-from ehrfuse.modalities._summary import (
-    STATISTICS,
-    code_ids,
-    event_values,
-    kept_statistics,
-    learn_codes,
-    summarise,
-)
+from ehrfuse.modalities._summary import SummaryPlan, code_ids, event_values
 from ehrfuse.nn.encoders import EventEncoder, TableEncoder, VisitEncoder
 
 __all__ = ["Events", "Visits"]
@@ -39,6 +32,8 @@ class Events(Modality):
         Time that "time since" is measured from, in `time_unit`.
     summary : bool, default=True
         Give a token of summary statistics per code (those of `EventSummary`).
+    windows : int, default=4
+        The summary also has the mean of every one of so many equal time windows.
     stream : bool, default=True
         Give a token pooled over the raw events.
     max_events : int, default=512
@@ -66,6 +61,7 @@ class Events(Modality):
         time_unit="h",
         now=0.0,
         summary=True,
+        windows=4,
         stream=True,
         max_events=512,
         max_codes=200,
@@ -77,6 +73,7 @@ class Events(Modality):
         self.time_unit = time_unit
         self.now = now
         self.summary = summary
+        self.windows = windows
         self.stream = stream
         self.max_events = max_events
         self.max_codes = max_codes
@@ -88,34 +85,32 @@ class Events(Modality):
         check_option(self.time_unit, "time_unit", UNITS)
         for name in ("max_events", "max_codes", "n_bins"):
             check_count(getattr(self, name), name)
+        check_count(self.windows, "windows", 0)
         if not (self.summary or self.stream):
             raise ValueError(f"{self} reads nothing; leave summary or stream on, or use 'drop'.")
 
     def _learn(self, cells):
         records = read_records(self._only(cells), ("time", "code"))
         values = event_values(records)
-        self.codes_, valued = learn_codes(records, values, self.max_codes)
+        self.plan_ = SummaryPlan.learn(records, values, self.max_codes, self.now, self.windows)
+        self.codes_ = self.plan_.codes
         self.time_scale_ = _scale_of(self.now - records.time)
         code = code_ids(records, self.codes_)
         self.value_scale_ = _scale_by_code(code, values, len(self.codes_))
         if self.summary:
-            self.kept_ = kept_statistics(self.codes_, valued) or [(0, STATISTICS.index("count"))]
-            table = self._summary(records, values)
+            table = self.plan_.table(records, values)
             self.summary_scale_ = RobustScale.learn(table)
             known = self._only(cells).notna().to_numpy()
-            self.features_ = numeric_features(self.summary_scale_.apply(table), self.n_bins, known)
-
-    def _summary(self, records, values):
-        codes = self.codes_ or [""]  # a stream without codes still has a count: zero
-        table = summarise(records, values, codes, self.now)
-        return table[:, [j for j, _ in self.kept_], [k for _, k in self.kept_]]
+            self.features_ = numeric_features(
+                self.summary_scale_.apply(table, out=table), self.n_bins, known
+            )
 
     def _read(self, cells, present):
         records = read_records(self._only(cells), ("time", "code"))
         values = event_values(records)
         arrays, ragged = {}, {}
         if self.summary:
-            table = self._summary(records, values)
+            table = self.plan_.table(records, values)
             self.summary_scale_.apply(table, out=table)
             table[~present] = np.nan
             arrays["summary"] = table

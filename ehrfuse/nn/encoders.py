@@ -62,7 +62,8 @@ class TableEncoder(nn.Module):
         words = torch.arange(first, first + len(sizes)).repeat_interleave(widths)
         self.register_buffer("column", torch.cat([numbers.column, words]))
         self.n_columns = first + len(sizes)
-        self.first = nn.Linear(len(self.column), n_members * d_model)
+        # A modality that no training row had may have no feature at all; one zero stands in.
+        self.first = nn.Linear(max(1, len(self.column)), n_members * d_model)
         self.second = MemberLinear(n_members, d_model, d_model)
         self.drop = nn.Dropout(dropout)
 
@@ -70,7 +71,8 @@ class TableEncoder(nn.Module):
         """All features of a row side by side: (b, f)."""
         parts = [self.numbers(x["values"])] if "values" in x else []
         parts += [table(x["codes"][:, j]) for j, table in enumerate(self.tables)]
-        return self._hide_columns(torch.cat(parts, 1))
+        features = self._hide_columns(torch.cat(parts, 1))
+        return features if features.shape[1] else features.new_zeros(len(features), 1)
 
     def _hide_columns(self, features: Tensor) -> Tensor:
         if not (self.training and self.column_dropout):

@@ -40,6 +40,11 @@ def raw(shared_data):
     return pd.read_parquet(shared_data / "physionet-2012" / "set-a.parquet")
 
 
+@pytest.fixture(scope="module")
+def events(whole):
+    return {name: long_form(whole.X[name]) for name in source.PANELS}
+
+
 def arrow(column):
     return column.array.__arrow_array__().combine_chunks()
 
@@ -53,7 +58,7 @@ def long_form(column):
         {
             "row": np.repeat(np.arange(len(column)), lengths),
             "time": flat.field("time").to_numpy(),
-            "code": flat.field("code").to_pylist(),
+            "code": flat.field("code").to_pandas(),
             "value": flat.field("value").to_numpy(zero_copy_only=False),
         }
     )
@@ -117,9 +122,9 @@ def test_no_variable_stands_in_two_modalities_and_none_is_lost():
     assert len(taken) + len(STATIC_VARIABLES) == 41
 
 
-def test_codes_of_a_column_are_those_of_its_panel(whole):
+def test_codes_of_a_column_are_those_of_its_panel(events):
     for name, variables in source.PANELS.items():
-        assert set(long_form(whole.X[name])["code"]) == set(variables)
+        assert set(events[name]["code"].unique()) == set(variables)
 
 
 def test_default_modalities_fit_the_frame(sample):
@@ -132,11 +137,10 @@ def test_default_modalities_fit_the_frame(sample):
     assert {m.time_unit for n, m in sample.modalities.items() if n != "static"} == {"h"}
 
 
-def test_times_lie_in_the_48_hours_before_the_prediction_and_ascend(whole):
-    for name in source.PANELS:
-        events = long_form(whole.X[name])
-        assert events["time"].between(-48, 0).all()
-        step = events["time"].diff()[events["row"].diff() == 0]
+def test_times_lie_in_the_48_hours_before_the_prediction_and_ascend(events):
+    for stream in events.values():
+        assert stream["time"].between(-48, 0).all()
+        step = stream["time"].diff()[stream["row"].diff() == 0]
         assert (step >= 0).all()
 
 
@@ -156,7 +160,7 @@ def test_stays_without_series_stay_with_null_panels(whole):
 # ---------------------------------------------------------------- facts about set A
 
 
-def test_counts_agree_with_the_description_of_the_set(whole, raw):
+def test_counts_agree_with_the_description_of_the_set(whole, raw, events):
     assert whole.X.shape == (4000, 17)
     assert whole.y.sum() == 554
     assert whole.y.mean() == pytest.approx(0.1385)
@@ -170,7 +174,7 @@ def test_counts_agree_with_the_description_of_the_set(whole, raw):
     )
     assert whole.X["height"].isna().sum() == 1894
     # 1,753,980 values: less four descriptors a stay, all weights, and 24 negative temperatures
-    n_events = sum(len(long_form(whole.X[name])) for name in source.PANELS)
+    n_events = sum(map(len, events.values()))
     assert n_events == 1_753_980 - 4 * 4000 - 129_165 - 24
     assert n_events == ((raw["value"] >= 0) & ~raw["variable"].isin(STATIC_VARIABLES)).sum()
 

@@ -1,0 +1,237 @@
+"""Events, Visits and EventSummary: every form of a cell, time order, statistics by hand."""
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ehrfuse import Events, EventSummary, Visits
+
+KIND = pa.list_(
+    pa.struct([("time", pa.float32()), ("code", pa.string()), ("value", pa.float32())])
+)
+
+
+def event(time, code, value=None):
+    return {"time": time, "code": code, "value": value}
+
+
+CELLS = [
+    [event(-5.0, "HR", 80.0), event(-1.0, "HR", 90.0), event(-3.0, "shock")],
+    None,
+    [],
+    [event(-2.0, "BP", 100.0)],
+]
+
+
+def frame(cells, arrow=True, name="course"):
+    if arrow:
+        return pd.DataFrame({name: pd.array(cells, dtype=pd.ArrowDtype(KIND))})
+    return pd.DataFrame({name: pd.Series(cells, dtype=object)})
+
+
+def test_null_and_empty_differ():
+    block = Events("course").fit(frame(CELLS)).transform(frame(CELLS))
+    assert block.present.tolist() == [True, False, True, True]
+
+
+def test_statistics_by_hand():
+    table = EventSummary().fit_transform(frame(CELLS))
+    row = table.iloc[0]
+    assert row["course__HR__last"] == 90
+    assert row["course__HR__first"] == 80
+    assert row["course__HR__mean"] == 85
+    assert row["course__HR__sd"] == pytest.approx(np.std([80, 90], ddof=1))
+    assert row["course__HR__slope"] == pytest.approx(2.5)
+    assert row["course__HR__time_since"] == 1
+    assert row["course__shock__count"] == 1
+    assert row["course__shock__time_since"] == 3
+    assert "course__shock__last" not in table  # it never carried a value
+    assert table.filter(like="count").iloc[1].tolist() == [0, 0, 0]
+    assert np.isnan(table.loc[3, "course__BP__slope"])
+    assert list(table) == list(EventSummary().fit(frame(CELLS)).get_feature_names_out())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 3), st.integers(-48, 0), st.sampled_from("abc"), st.integers(-9, 9)
+        ),
+        max_size=40,
+    )
+)
+def test_statistics_equal_those_of_pandas(rows):
+    long = pd.DataFrame(rows, columns=["row", "time", "code", "value"]).astype({"value": float})
+    cells = [
+        [event(float(r.time), r.code, r.value) for r in part.itertuples()]
+        for part in (long[long.row == i] for i in range(4))
+    ]
+    X = frame(cells)
+    table = EventSummary().fit(X).transform(X)
+    long = long.sort_values("time", kind="stable")
+    for (row, code), part in long.groupby(["row", "code"]):
+        got = {name: table.loc[row, f"course__{code}__{name}"] for name in ("last", "sd", "slope")}
+        assert got["last"] == part["value"].iloc[-1]
+        sd = part["value"].std()
+        assert got["sd"] == pytest.approx(sd, nan_ok=True, abs=1e-5)
+        if part["time"].nunique() > 1:
+            slope = np.polyfit(part["time"], part["value"], 1)[0]
+            assert got["slope"] == pytest.approx(slope, abs=1e-4)
+        else:
+            assert np.isnan(got["slope"])
+
+
+def variants():
+    dict_of_arrays = {"time": np.array([-5.0, -1.0]), "code": ["HR", "HR"], "value": [80, 90.5]}
+    records = [event(-5, "HR", 80), event(-1, "HR", 90.5)]
+    yield "list of dicts", records
+    yield "array of dicts", np.array(records, dtype=object)
+    yield "tuple", tuple(records)
+    yield "dict of arrays", dict_of_arrays
+    yield "frame", pd.DataFrame(dict_of_arrays)
+    yield "other order", records[::-1]
+
+
+@pytest.mark.parametrize("cell", [pytest.param(c, id=n) for n, c in variants()])
+def test_every_form_of_a_cell_is_the_same(cell):
+    expected = frame([[], [event(-5.0, "HR", 80.0), event(-1.0, "HR", 90.5)]])
+    expected = EventSummary().fit_transform(expected)
+    cells = np.empty(2, dtype=object)
+    cells[0], cells[1] = [], cell
+    got = EventSummary().fit_transform(pd.DataFrame({"course": pd.Series(cells)}))
+    pd.testing.assert_frame_equal(got, expected)
+
+
+def test_slices_chunks_and_dictionaries_of_arrow():
+    X = frame(CELLS * 3)
+    expected = EventSummary().fit(X).transform(X)
+    part = X.iloc[4:9]
+    got = EventSummary().fit(X).transform(part)
+    pd.testing.assert_frame_equal(got, expected.iloc[4:9])
+    chunked = pd.concat([X.iloc[:5], X.iloc[5:]])
+    pd.testing.assert_frame_equal(EventSummary().fit(X).transform(chunked), expected)
+    kind = pa.list_(
+        pa.struct(
+            [("time", pa.float32()), ("code", pa.dictionary(pa.int32(), pa.string())),
+             ("value", pa.float32())]
+        )
+    )  # fmt: skip
+    coded = pd.DataFrame({"course": pd.array(CELLS * 3, dtype=pd.ArrowDtype(kind))})
+    pd.testing.assert_frame_equal(EventSummary().fit(X).transform(coded), expected)
+
+
+def test_unknown_codes_are_left_out_and_equal_times_keep_their_order():
+    fitted = Events("course").fit(frame([[event(-1.0, "HR", 80.0)]]))
+    cell = [event(-1.0, "new", 1.0), event(-1.0, "HR", 70.0), event(-1.0, "HR", 75.0)]
+    block = fitted.transform(frame([cell]))
+    values, _ = block.ragged["value"]
+    assert len(values) == 2
+    assert values[0] < values[1]
+
+
+def test_the_latest_events_are_kept():
+    cells = [[event(float(-t), "HR", float(t)) for t in range(10)]]
+    block = Events("course", max_events=3).fit(frame(cells)).transform(frame(cells))
+    time, offsets = block.ragged["time"]
+    assert offsets.tolist() == [0, 3]
+    np.testing.assert_allclose(time * 9, [2, 1, 0], atol=1e-6)
+
+
+def test_absent_rows_have_no_events():
+    fitted = Events("course").fit(frame(CELLS))
+    block = fitted.transform(frame(CELLS))
+    _, offsets = block.ragged["code"]
+    assert np.diff(offsets).tolist() == [3, 0, 0, 1]
+    assert np.isnan(block.arrays["summary"][1]).all()
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (["a note"], "holds str of length 6; a cell must be a list of records"),
+        ([[{"code": "HR", "value": 1.0}]], r"records with the fields \['code', 'value'\]"),
+        ([[{"time": None, "code": "HR", "value": 1.0}]], "time of type null|time is null"),
+        ([[{"time": pd.Timestamp("2020"), "code": "HR"}]], "time of type timestamp"),
+        ([[{"time": float("inf"), "code": "HR"}]], "null or not finite"),
+        ([[{"time": 0.0, "code": "HR", "value": float("inf")}]], "infinite value"),
+        ([[1, 2]], "a list whose items are no records"),
+        ([{"time": [0.0], "code": ["a", "b"]}], "arrays of unequal length"),
+    ],
+)
+def test_cells_that_are_no_events_are_explained(cells, message):
+    with pytest.raises(ValueError, match=message):
+        Events("course").fit(frame(cells, arrow=False))
+
+
+def test_content_of_a_wrong_cell_stays_out_of_the_message():
+    with pytest.raises(ValueError, match="str of length") as caught:
+        Events("course").fit(frame(["John Doe, HIV"], arrow=False))
+    assert "Doe" not in str(caught.value)
+
+
+def test_wrong_options_are_explained():
+    with pytest.raises(ValueError, match="time_unit='years' is not known; choose one of 'h'"):
+        Events("course", time_unit="years").fit(frame(CELLS))
+    with pytest.raises(ValueError, match="reads nothing"):
+        Events("course", summary=False, stream=False).fit(frame(CELLS))
+    with pytest.raises(ValueError, match="statistics.*median.*not known"):
+        EventSummary(statistics=("median",)).fit(frame(CELLS))
+
+
+def visit(time, **fields):
+    return {"time": time, **fields}
+
+
+def test_visits_of_numbers_and_codes():
+    cells = [
+        [visit(-30.0, sbp=120.0, icd=["I10", "E11"]), visit(-2.0, sbp=None, icd=[])],
+        [],
+        None,
+        [visit(-7.0, sbp=140.0, icd=["I10"])],
+    ]
+    X = pd.DataFrame({"history": pd.Series(cells, dtype=object)})
+    fitted = Visits("history").fit(X)
+    assert fitted.numeric_fields_ == ["sbp"]
+    assert fitted.codes_ == ["icd:E11", "icd:I10"]
+    block = fitted.transform(X)
+    assert block.present.tolist() == [True, True, False, True]
+    time, offsets = block.ragged["time"]
+    assert offsets.tolist() == [0, 2, 2, 2, 3]
+    np.testing.assert_allclose(time * 30, [30, 2, 7], rtol=1e-6)
+    code, code_offsets = block.ragged["code"]
+    assert code_offsets.tolist() == [0, 2, 2, 2, 3]
+    assert code.tolist() == [1, 0, 1]
+    assert block.ragged["code_visit"][0].tolist() == [0, 0, 0]
+
+
+def test_visits_keep_the_latest_and_their_codes():
+    cells = [[visit(float(-t), icd=[f"c{t}"]) for t in range(5, 0, -1)]]
+    X = pd.DataFrame({"history": pd.Series(cells, dtype=object)})
+    fitted = Visits("history", max_visits=2).fit(X)
+    block = fitted.transform(X)
+    names = [fitted.codes_[j] for j in block.ragged["code"][0]]
+    assert names == ["icd:c2", "icd:c1"]
+    assert block.ragged["code_visit"][0].tolist() == [0, 1]
+
+
+def test_summary_is_learned_from_training_rows_only():
+    train = frame(CELLS)
+    summary = EventSummary().fit(train)
+    later = frame([[event(-1.0, "new", 5.0)]])
+    assert not any("new" in name for name in summary.transform(later))
+
+
+def test_window_means_by_hand():
+    cells = [
+        [event(-8.0, "HR", 60.0), event(-7.0, "HR", 70.0), event(-1.0, "HR", 90.0)],
+        [event(-4.0, "HR", 50.0)],
+    ]
+    table = EventSummary(statistics=("last",), windows=2).fit_transform(frame(cells))
+    assert list(table) == ["course__HR__last", "course__HR__mean_1of2", "course__HR__mean_2of2"]
+    np.testing.assert_allclose(table.to_numpy(), [[90, 65, 90], [50, np.nan, 50]])
+    late = frame([[event(-99.0, "HR", 1.0), event(0.0, "HR", 3.0)]])  # outside counts as the ends
+    fitted = EventSummary(statistics=("last",), windows=2).fit(frame(cells))
+    np.testing.assert_allclose(fitted.transform(late).to_numpy(), [[3, 1, 3]])

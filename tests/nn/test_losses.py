@@ -1,0 +1,71 @@
+"""Objectives against their closed forms."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ehrfuse.nn.losses import focal_bce, info_nce, masked_mse, weighted_mean
+
+
+def test_weighted_mean_ignores_what_weighs_nothing():
+    term = torch.tensor([1.0, torch.nan, 3.0], requires_grad=True)
+    mean = weighted_mean(term, torch.tensor([1.0, 0.0, 3.0]))
+    mean.backward()
+    assert mean.item() == pytest.approx((1 + 9) / 4)
+    assert term.grad.isfinite().all()
+    assert weighted_mean(torch.ones(3), torch.zeros(3)).item() == 0
+
+
+def test_weighted_mean_is_exact_for_small_weights():
+    weight = torch.full((4,), 1e-12)
+    assert weighted_mean(torch.arange(4.0), weight).item() == pytest.approx(1.5)
+
+
+def test_masked_mse():
+    guess, truth = torch.tensor([[1.0, 9.0]]), torch.tensor([[3.0, torch.nan]])
+    mask = torch.tensor([[True, False]])
+    assert masked_mse(guess, truth, mask).item() == 4
+    assert masked_mse(guess, truth, torch.zeros_like(mask)).item() == 0
+
+
+def test_info_nce_closed_forms():
+    n, temperature = 5, 0.1
+    eye = torch.eye(n)
+    best = math.log(1 + (n - 1) * math.exp(-1 / temperature))
+    assert info_nce(eye, eye, temperature).item() == pytest.approx(best, abs=1e-6)
+    same = torch.ones(n, 3)
+    assert info_nce(same, same).item() == pytest.approx(math.log(n), rel=1e-5)
+
+
+def test_info_nce_is_symmetric_and_blind_to_length_and_order():
+    torch.manual_seed(0)
+    a, b = torch.randn(6, 4), torch.randn(6, 4)
+    order = torch.randperm(6)
+    loss = info_nce(a, b)
+    for other in (info_nce(b, a), info_nce(3 * a, b), info_nce(a[order], b[order])):
+        torch.testing.assert_close(other, loss)
+    scores = F.normalize(a, dim=1) @ F.normalize(b, dim=1).T / 0.1
+    own = torch.arange(6)
+    torch.testing.assert_close(
+        loss, (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
+    )
+    both = info_nce(torch.stack([a, b]), torch.stack([b, a]))
+    torch.testing.assert_close(both, loss)
+
+
+def test_info_nce_without_a_negative_is_zero():
+    a = torch.randn(1, 4, requires_grad=True)
+    loss = info_nce(a, a)
+    loss.backward()
+    assert loss.item() == 0
+    assert (a.grad == 0).all()
+
+
+def test_focal_is_cross_entropy_at_gamma_zero_and_less_where_sure():
+    logits, y = torch.tensor([3.0, -2.0, 0.0]), torch.tensor([1.0, 0.0, 1.0])
+    plain = F.binary_cross_entropy_with_logits(logits, y, reduction="none")
+    torch.testing.assert_close(focal_bce(logits, y, 0.0), plain)
+    p = torch.exp(-plain)
+    torch.testing.assert_close(focal_bce(logits, y, 2.0), plain * (1 - p) ** 2)

@@ -40,7 +40,8 @@ def train(
     Ctrl-C ends the fit with the best weights so far and a warning.
     """
     rng = np.random.default_rng(seed)
-    optimizer = torch.optim.AdamW(core.param_groups(lr, weight_decay))
+    fused = device.type in ("cpu", "cuda")
+    optimizer = torch.optim.AdamW(core.param_groups(lr, weight_decay), fused=fused)
     base_lr = [group["lr"] for group in optimizer.param_groups]
     n_steps = max_epochs * max(1, len(data) // batch_size)
     history: list[dict] = []

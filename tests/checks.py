@@ -6,16 +6,16 @@ cohort, and fails by an assertion. Adding an estimator adds nothing here.
 
 import pickle
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pandas as pd
 import torch
 from sklearn.base import clone, is_classifier, is_regressor
 from sklearn.model_selection import GridSearchCV
+from sklearn.utils import Bunch
 
 from ehrfuse import Tabular
-from ehrfuse._data import Batch, Data
+from ehrfuse._data import Data
 from ehrfuse._train import predict
 from ehrfuse.datasets import read_parquet, write_parquet
 
@@ -67,13 +67,11 @@ def columns_of(modality):
 
 
 def nulled(X, columns, rows=None):
-    """A copy with null cells in some columns (of some rows)."""
+    """A copy with null cells in some columns, of some rows or of all."""
     X = X.copy()
     for column in columns:
-        keep = X[column].where(~rows) if rows is not None else None
-        X[column] = pd.Series([None] * len(X), index=X.index, dtype=X[column].dtype) if (
-            rows is None
-        ) else keep  # fmt: skip
+        keep = np.zeros(len(X), bool) if rows is None else ~rows
+        X[column] = X[column].where(keep)
     return X
 
 
@@ -95,7 +93,7 @@ def check_one_modality_null_for_everyone(estimator, cohort):
 
 
 def check_half_of_a_modality_null(estimator, cohort):
-    half = pd.Series(np.arange(len(cohort.X)) % 2 == 0, index=cohort.X.index)
+    half = np.arange(len(cohort.X)) % 2 == 0
     X = cohort.X
     for modality in cohort.modalities.values():
         X = nulled(X, columns_of(modality), half)
@@ -288,14 +286,4 @@ def check_memorises(estimator, cohort):
 
 def replace_X(cohort, X):
     """The same cohort with another frame (and as many labels)."""
-    other = type(cohort)(cohort)
-    other["X"], other["y"] = X, cohort.y[: len(X)]
-    return other
-
-
-def named(check, **options):
-    """A check with options filled in, under its own name."""
-    return partial(check, **options)
-
-
-__all__ = ["Batch", "checks_for", "fit", "named", "outputs"]
+    return Bunch(**cohort | {"X": X, "y": cohort.y[: len(X)]})

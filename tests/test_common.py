@@ -52,7 +52,7 @@ def multimodal():
             yield pytest.param(estimator, check, id=f"{type(estimator).__name__}-{name[6:]}")
 
 
-@pytest.mark.parametrize(("estimator", "check"), multimodal())
+@pytest.mark.parametrize(("estimator", "check"), list(multimodal()))
 def test_multimodal_checks(estimator, check, cohort, tmp_path):
     estimator = type(estimator)(**estimator.get_params(deep=False))
     estimator.set_params(modalities=cohort.modalities, groups="subject_id", max_epochs=2)

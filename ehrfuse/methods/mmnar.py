@@ -18,7 +18,7 @@ from torch import nn
 from ehrfuse.base import TorchClassifier, TorchEncoder, with_progress
 from ehrfuse.nn.attention import TransformerBlock
 from ehrfuse.nn.core import Core
-from ehrfuse.nn.losses import info_nce, masked_mse
+from ehrfuse.nn.losses import info_nce
 from ehrfuse.nn.members import MemberLinear
 from ehrfuse.rectifier import Rectifier
 
@@ -91,31 +91,32 @@ class Reconstruction(nn.Module):
         self.project = nn.ModuleList(nn.Linear(d_model, d_model) for _ in range(2 * n_modalities))
 
     def forward(self, encoded, trunk):
-        left_out = self._choose(encoded.present)
-        shown = encoded.present & ~nn.functional.one_hot(left_out, encoded.present.shape[1]).bool()
-        row = trunk(encoded.pooled, shown, encoded.present)
-        takes_part = encoded.present.sum(1) > 1
-        square, contrast = [], []
+        e = self.n_members
+        present = encoded.present[::e]
+        left_out = self._choose(present)
+        shown = present & ~nn.functional.one_hot(left_out, present.shape[1]).bool()
+        row = trunk(encoded.pooled, shown.repeat_interleave(e, 0), encoded.present)
+        row, truth = row.unflatten(0, (-1, e)), encoded.pooled.detach().unflatten(0, (-1, e))
+        left_out = left_out.masked_fill(present.sum(1) < 2, -1)
+        square, contrast = [row.sum() * 0.0], [row.sum() * 0.0]
         for m, guess in enumerate(self.guess):
-            rows = takes_part & (left_out == m)
-            truth, found = encoded.pooled[:, m].detach(), guess(row)
-            square.append(masked_mse(found, truth, rows[:, None].expand_as(truth)) * rows.sum())
-            contrast.append(self._contrast(m, found, truth, rows) * rows.sum())
-        n_rows = takes_part.sum().clamp(min=1)
+            rows = (left_out == m).nonzero().squeeze(1)
+            if len(rows):
+                own, found = truth[rows, :, m], guess(row[rows].flatten(0, 1)).unflatten(0, (-1, e))
+                square.append((found - own).square().mean() * len(rows))
+                contrast.append(self._contrast(m, found, own) * len(rows))
+        n_rows = (left_out >= 0).sum().clamp(min=1)
         return torch.stack(square).sum() / n_rows, torch.stack(contrast).sum() / n_rows
 
     def _choose(self, present):
-        """One present modality of every row, the same for all members: (b * e,)."""
-        e = self.n_members
-        noise = torch.rand(present[::e].shape, device=present.device)
-        return noise.masked_fill(~present[::e], -1.0).argmax(1).repeat_interleave(e, 0)
+        """One present modality of every row, the same for all members: (b,)."""
+        noise = torch.rand(present.shape, device=present.device)
+        return noise.masked_fill(~present, -1.0).argmax(1)
 
-    def _contrast(self, m, found, truth, rows):
-        """InfoNCE within every member: its vectors mean nothing to the others."""
-        a = self.project[2 * m](found).unflatten(0, (-1, self.n_members)).transpose(0, 1)
-        b = self.project[2 * m + 1](truth).unflatten(0, (-1, self.n_members)).transpose(0, 1)
-        keep = rows[:: self.n_members]
-        return info_nce(a[:, keep], b[:, keep], self.temperature)
+    def _contrast(self, m, found, truth):
+        """InfoNCE within every member, whose vectors mean nothing to the others."""
+        a, b = self.project[2 * m](found), self.project[2 * m + 1](truth)
+        return info_nce(a.transpose(0, 1), b.transpose(0, 1), self.temperature)
 
 
 class MMNARCore(Core):

@@ -5,5 +5,17 @@ from ehrfuse.modalities._summary import EventSummary
 from ehrfuse.modalities.labs import Labs
 from ehrfuse.modalities.sequences import Events, Visits
 from ehrfuse.modalities.tabular import Tabular
+from ehrfuse.modalities.text import Text
+from ehrfuse.modalities.vectors import Embedding, Image
 
-__all__ = ["EventSummary", "Events", "Labs", "Modality", "Tabular", "Visits"]
+__all__ = [
+    "Embedding",
+    "EventSummary",
+    "Events",
+    "Image",
+    "Labs",
+    "Modality",
+    "Tabular",
+    "Text",
+    "Visits",
+]

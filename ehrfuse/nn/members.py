@@ -49,5 +49,6 @@ class MemberLinear(nn.Module):
         self.bias = nn.Parameter(start.repeat(n_members, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        split = x.view(-1, self.n_members, x.shape[-1])
-        return (torch.einsum("bei,eio->beo", split, self.weight) + self.bias).flatten(0, 1)
+        split = x.view(-1, self.n_members, x.shape[-1]).transpose(0, 1)
+        out = torch.baddbmm(self.bias[:, None], split, self.weight)
+        return out.transpose(0, 1).flatten(0, 1)

@@ -56,10 +56,10 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
         elsewhere.
     freeze : tuple of str, default=()
         Parts kept as they came, e.g. ``("encoders.note",)``.
-    max_epochs : int, default=15
+    max_epochs : int, default=10
         The learning rate falls along a cosine to zero over these epochs.
     batch_size : int or "auto", default="auto"
-        "auto" is a sixteenth of the training rows, at least 16 and at most 256.
+        "auto" is a twelfth of the training rows, at least 16 and at most 256.
     lr : float, default=2e-3
         Highest learning rate of AdamW.
     weight_decay : float, default=1.0
@@ -92,7 +92,7 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
         *,
         pretrained=None,
         freeze=(),
-        max_epochs=15,
+        max_epochs=10,
         batch_size="auto",
         lr=2e-3,
         weight_decay=1.0,
@@ -446,7 +446,7 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
         return predict(self.module_, data, self._batch_size(len(data)), device)
 
     def _batch_size(self, n_rows):
-        return min(256, max(16, n_rows // 16)) if self.batch_size == "auto" else self.batch_size
+        return min(256, max(16, n_rows // 12)) if self.batch_size == "auto" else self.batch_size
 
     def __sklearn_tags__(self):
         """Tags: holes, strings and categories are welcome."""

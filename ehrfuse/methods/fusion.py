@@ -26,16 +26,19 @@ class FusionTrunk(nn.Module):
 
     def __init__(self, n_modalities, d_model, n_members, fusion):
         super().__init__()
-        self.absence = Absence(n_modalities, d_model) if fusion == "concat" else None
-        width = d_model * (n_modalities if fusion == "concat" else 1)
+        side_by_side = fusion == "concat"
+        self.absence = Absence(n_modalities, d_model) if side_by_side else None
+        # Before a mean, every modality turns its vector its own way: their units differ.
+        each = () if side_by_side else range(n_modalities)
+        self.turn = nn.ModuleList(MemberLinear(n_members, d_model, d_model) for _ in each)
+        width = d_model * (n_modalities if side_by_side else 1)
         self.hidden = MemberLinear(n_members, width, 2 * d_model)
 
     def forward(self, pooled, present):
-        if self.absence is None:
-            row = masked_mean(pooled, present)
-        else:
-            row = self.absence(pooled, present).flatten(1)
-        return torch.relu(self.hidden(row))
+        if self.absence is not None:
+            return torch.relu(self.hidden(self.absence(pooled, present).flatten(1)))
+        turned = torch.stack([turn(pooled[:, m]) for m, turn in enumerate(self.turn)], 1)
+        return torch.relu(self.hidden(masked_mean(turned, present)))
 
 
 class FusionCore(Core):
@@ -89,7 +92,7 @@ class FusionClassifier(_Fusion, TorchClassifier):
     fusion : {"mean", "concat"}, default="mean"
         Average the vectors that are present, which says nothing of what is absent; or put all side
         by side, with a learned vector for an absent one.
-    dropout : float, default=0.4
+    dropout : float, default=0.2
         Before the last layer.
     class_weight : dict, "balanced" or None, default=None
         Weights of the classes in the loss; probabilities shift with them.
@@ -130,11 +133,11 @@ class FusionClassifier(_Fusion, TorchClassifier):
         d_model=32,
         n_members=8,
         fusion="mean",
-        dropout=0.4,
+        dropout=0.2,
         class_weight=None,
         pretrained=None,
         freeze=(),
-        max_epochs=15,
+        max_epochs=10,
         batch_size="auto",
         lr=2e-3,
         weight_decay=1.0,
@@ -173,7 +176,7 @@ class FusionRegressor(_Fusion, TorchRegressor):
         Networks trained side by side; their outputs are averaged.
     fusion : {"mean", "concat"}, default="mean"
         Average the vectors that are present, or put all side by side.
-    dropout : float, default=0.4
+    dropout : float, default=0.2
         Before the last layer.
     pretrained, freeze, max_epochs, batch_size, lr, weight_decay, patience : optional
         See `TorchEstimator`.
@@ -208,10 +211,10 @@ class FusionRegressor(_Fusion, TorchRegressor):
         d_model=32,
         n_members=8,
         fusion="mean",
-        dropout=0.4,
+        dropout=0.2,
         pretrained=None,
         freeze=(),
-        max_epochs=15,
+        max_epochs=10,
         batch_size="auto",
         lr=2e-3,
         weight_decay=1.0,

@@ -277,7 +277,7 @@ class MMNARPretrainer(_MMNAR, TorchEncoder):
         dropout=0.1,
         pretrained=None,
         freeze=(),
-        max_epochs=15,
+        max_epochs=10,
         batch_size="auto",
         lr=2e-3,
         weight_decay=1.0,
@@ -345,7 +345,7 @@ class MMNARFusionClassifier(_MMNAR, TorchClassifier):
         Part (iii): correct every pattern's mean on rows that the network has not seen. "crossfit"
         fits five networks and averages them; a `Rectifier` brings its own settings, its estimator
         is replaced by this one.
-    dropout : float, default=0.4
+    dropout : float, default=0.2
         In attention and before the last layer.
     class_weight : dict, "balanced" or None, default=None
         Weights of the classes in the loss; probabilities shift with them.
@@ -415,11 +415,11 @@ class MMNARFusionClassifier(_MMNAR, TorchClassifier):
         temperature=0.1,
         modality_dropout=0.1,
         rectifier=None,
-        dropout=0.4,
+        dropout=0.2,
         class_weight=None,
         pretrained=None,
         freeze=(),
-        max_epochs=15,
+        max_epochs=10,
         batch_size="auto",
         lr=2e-3,
         weight_decay=1.0,

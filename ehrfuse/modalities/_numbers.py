@@ -11,6 +11,8 @@ from ehrfuse.modalities._base import describe
 from ehrfuse.nn.numeric import NumericFeatures
 
 COLUMNS_AT_ONCE = 64  # a sort copies its input, so wide tables are sorted in strips
+MIN_KNOWN = 20
+MIN_MISSING = 5
 
 
 def is_number_column(column: pd.Series) -> bool:
@@ -100,10 +102,18 @@ class RobustScale:
 
 
 def edges_of(table: np.ndarray, n_bins: int) -> np.ndarray:
-    """Quantile edges (p, n_bins + 1) of scaled columns; zeros where nothing is known."""
-    if not len(table):
-        return np.zeros((table.shape[1], n_bins + 1), "float32")
-    return np.nan_to_num(quantiles(table, np.linspace(0, 1, n_bins + 1)).T.astype("float32")).copy()
+    """Quantile edges (p, n_bins + 1) of scaled columns, zeros where bins would say nothing.
+
+    A column needs `MIN_KNOWN` known values for its quantiles to mean something, and two bins for
+    them to say more than the value itself does.
+    """
+    edges = np.zeros((table.shape[1], n_bins + 1), "float32")
+    if len(table):
+        found = quantiles(table, np.linspace(0, 1, n_bins + 1)).T
+        useful = (np.diff(found, axis=1) > 0).sum(1) >= 2
+        useful &= (~np.isnan(table)).sum(0) >= MIN_KNOWN
+        edges[useful] = found[useful]
+    return edges
 
 
 def numeric_features(
@@ -127,12 +137,16 @@ def build_features(learned: dict[str, np.ndarray]) -> NumericFeatures:
 
 
 def distinct_flags(table: np.ndarray) -> np.ndarray:
-    """Columns whose missing cells differ from those of all columns before, and that have some."""
+    """Columns whose missing cells differ from those of all columns before.
+
+    A flag that is on, or off, in hardly any row says who those rows are and nothing else.
+    """
     kept, known = [], set()
+    few = min(MIN_MISSING, len(table) // 10)
     for j in range(table.shape[1]):
         missing = np.isnan(table[:, j])
         pattern = np.packbits(missing).tobytes()
-        if missing.any() and pattern not in known:
+        if few < missing.sum() < len(table) - few and pattern not in known:
             known.add(pattern)
             kept.append(j)
     return np.array(kept, dtype="int64")

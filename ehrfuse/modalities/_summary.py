@@ -12,6 +12,7 @@ from ehrfuse.modalities._base import check_count
 from ehrfuse.modalities._streams import Records, read_records
 
 STATISTICS = ("last", "mean", "min", "max", "sd", "first", "count", "slope", "time_since")
+RECENT = ("recent_mean", "recent_min", "recent_max")
 TIMELESS = ("count", "time_since")  # what a code without values still has
 
 
@@ -53,7 +54,8 @@ class SummaryPlan:
     kept : list of (code, column)
         Places in `codes` and in `columns` of the numbers that can carry information.
     columns : list of str
-        Statistics, then the mean of every time window, the earliest first.
+        Statistics, then the mean of every time window, the earliest first, then those of the last
+        half window.
     start, now : float
         The windows divide the time between them into equal parts.
     """
@@ -69,6 +71,7 @@ class SummaryPlan:
         """From training rows. A code that never carries a value keeps count and time_since."""
         codes, valued = learn_codes(records, values, max_codes)
         windows = [f"mean_{w}of{n_windows}" for w in range(1, n_windows + 1)]
+        windows += list(RECENT) if n_windows else []
         columns = [*STATISTICS, *windows]
         kept = [
             (j, columns.index(name))
@@ -98,21 +101,34 @@ class SummaryPlan:
                 starts = np.flatnonzero(np.diff(key[order], prepend=-1))
                 fill(full, key[order][starts], starts, records.time[order], values[order], self.now)
                 if fill is _valued:
-                    self._window_means(full, key[order], records.time[order], values[order])
+                    self._windows(full, key[order], records.time[order], values[order])
         full = full.reshape(n_rows, n_codes, len(self.columns))
         return full[:, [j for j, _ in self.kept], [k for _, k in self.kept]]
 
-    def _window_means(self, full, key, time, values):
-        n_windows = len(self.columns) - len(STATISTICS)
-        if not n_windows:
+    def _windows(self, full, key, time, values):
+        """Mean of every window; mean, lowest and highest of the last half window."""
+        n_windows = len(self.columns) - len(STATISTICS) - len(RECENT)
+        if n_windows <= 0:
             return
         width = max(self.now - self.start, 1e-6) / n_windows
         window = np.floor((time - self.start) / width).astype(int).clip(0, n_windows - 1)
         place = key * n_windows + window
         count = np.bincount(place, minlength=len(full) * n_windows)
         total = np.bincount(place, values, minlength=len(full) * n_windows)
+        first = len(STATISTICS)
         with np.errstate(invalid="ignore"):
-            full[:, len(STATISTICS) :] = (total / count).reshape(len(full), n_windows)
+            full[:, first : first + n_windows] = (total / count).reshape(len(full), n_windows)
+        recent = time >= self.now - width / 2
+        if recent.any():
+            key, values = key[recent], values[recent].astype("float64")
+            starts = np.flatnonzero(np.diff(key, prepend=-1))
+            n = np.diff(np.append(starts, len(key)))
+            found = (
+                np.add.reduceat(values, starts) / n,
+                np.minimum.reduceat(values, starts),
+                np.maximum.reduceat(values, starts),
+            )
+            full[key[starts], first + n_windows :] = np.stack(found, 1)
 
 
 def _ends(starts, n):
@@ -165,7 +181,7 @@ class EventSummary(TransformerMixin, BaseEstimator):
         Keep at most this many codes a column, the most frequent in `fit`.
     windows : int, default=0
         Add the mean of every one of so many equal time windows between the earliest training event
-        and `now`.
+        and `now`, and the mean, lowest and highest value of the last half window.
     now : float, default=0.0
         Time that `time_since` is measured from, in the unit of the events.
     remainder : {"passthrough", "drop"}, default="passthrough"

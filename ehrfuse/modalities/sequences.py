@@ -33,7 +33,8 @@ class Events(Modality):
     summary : bool, default=True
         Give a token of summary statistics per code (those of `EventSummary`).
     windows : int, default=4
-        The summary also has the mean of every one of so many equal time windows.
+        The summary also has the mean of every one of so many equal time windows, and the mean,
+        lowest and highest value of the last half window.
     stream : bool, default=True
         Give a token pooled over the raw events.
     max_events : int, default=512
@@ -43,8 +44,8 @@ class Events(Modality):
     n_bins : int, default=8
         Bins of the piecewise-linear encoding of every statistic.
     dropout : float, default=0.2
-        On the hidden layers of the summary.
-    column_dropout : float, default=0.4
+        On the summary token.
+    column_dropout : float, default=0.5
         Share of the statistics hidden from every training row.
 
     Attributes
@@ -67,7 +68,7 @@ class Events(Modality):
         max_codes=200,
         n_bins=8,
         dropout=0.2,
-        column_dropout=0.4,
+        column_dropout=0.5,
     ):
         super().__init__(columns)
         self.time_unit = time_unit

@@ -27,8 +27,8 @@ class Tabular(Modality):
     n_bins : int, default=8
         Bins of the piecewise-linear encoding.
     dropout : float, default=0.2
-        On the hidden layers.
-    column_dropout : float, default=0.4
+        On the token.
+    column_dropout : float, default=0.5
         Share of the columns hidden from every training row.
 
     Attributes
@@ -38,7 +38,7 @@ class Tabular(Modality):
         Known values of every categorical column.
     """
 
-    def __init__(self, columns, *, n_bins=8, dropout=0.2, column_dropout=0.4):
+    def __init__(self, columns, *, n_bins=8, dropout=0.2, column_dropout=0.5):
         super().__init__(columns)
         self.n_bins = n_bins
         self.dropout = dropout

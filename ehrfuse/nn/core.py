@@ -141,7 +141,7 @@ class Core(nn.Module):
         A short linear warm-up, then a cosine to zero: the last epochs average the noise away, so
         a fit needs no validation rows to know when to stop.
         """
-        return min(1.0, (progress + 1e-3) / 0.08) * 0.5 * (1 + math.cos(math.pi * progress))
+        return min(1.0, (progress + 1e-3) / 0.15) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def monitor(self, terms: dict[str, Tensor]) -> Tensor:
         """What early stopping compares; override when a term's weight changes over the epochs."""

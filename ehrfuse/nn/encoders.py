@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ehrfuse.nn.attention import sinusoids
 from ehrfuse.nn.fusion import AttentionPool
-from ehrfuse.nn.members import MemberLinear, MemberScale
+from ehrfuse.nn.members import MemberScale
 from ehrfuse.nn.numeric import NumericFeatures, smooth_clip
 
 Tokens = tuple[Tensor, Tensor]
@@ -36,8 +36,8 @@ class TableEncoder(nn.Module):
         Number of codes of each categorical column; code 0 is null, code 1 unknown.
     d_model, n_members : int
     dropout : float, default=0.2
-        On the hidden layers.
-    column_dropout : float, default=0.4
+        On the token.
+    column_dropout : float, default=0.5
         Share of columns hidden from every training row, all features of a column at once: a
         network on a few thousand rows otherwise leans on few of them.
     """
@@ -51,7 +51,7 @@ class TableEncoder(nn.Module):
         d_model: int,
         n_members: int = 1,
         dropout: float = 0.2,
-        column_dropout: float = 0.4,
+        column_dropout: float = 0.5,
     ) -> None:
         super().__init__()
         self.numbers, self.column_dropout = numbers, column_dropout
@@ -64,7 +64,6 @@ class TableEncoder(nn.Module):
         self.n_columns = first + len(sizes)
         # A modality that no training row had may have no feature at all; one zero stands in.
         self.first = nn.Linear(max(1, len(self.column)), n_members * d_model)
-        self.second = MemberLinear(n_members, d_model, d_model)
         self.drop = nn.Dropout(dropout)
 
     def features(self, x: dict[str, Tensor]) -> Tensor:
@@ -83,8 +82,7 @@ class TableEncoder(nn.Module):
 
     def forward(self, x: dict[str, Tensor]) -> Tokens:
         hidden = self.first(self.features(x)).view(-1, self.n_outputs)
-        hidden = self.drop(F.relu(hidden))
-        return single(hidden + self.drop(F.relu(self.second(hidden))))
+        return single(self.drop(F.relu(hidden)))
 
 
 def _category_table(size: int) -> nn.Embedding:
@@ -244,25 +242,35 @@ class ChunkEncoder(nn.Module):
 
 
 class WordEncoder(nn.Module):
-    """Words to one token: a weighted bag, then a small network.
+    """Words to one token: a weighted sum of their vectors, linear so that few notes suffice.
 
     Reads ``ids`` (b, t), ``weights`` (b, t) and ``ids_mask`` (b, t).
+
+    Parameters
+    ----------
+    n_words, d_model : int
+    dropout : float
+        Share of the words left out of a note in training.
     """
+
+    # A word is seen in few notes, so its vector must learn in few steps.
+    LR_SCALE, GAIN = 10.0, 4.0
 
     def __init__(self, n_words: int, d_model: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.n_outputs = d_model
+        self.n_outputs, self.lr_scale, self.dropout = d_model, self.LR_SCALE, dropout
         self.words = nn.Embedding(n_words, d_model)
-        nn.init.normal_(self.words.weight, std=0.1)
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(d_model), nn.Dropout(dropout), nn.Linear(d_model, d_model), nn.GELU(),
-            nn.Linear(d_model, d_model),
-        )  # fmt: skip
+        nn.init.normal_(self.words.weight, std=0.02)
 
     def forward(self, x: dict[str, Tensor]) -> Tokens:
+        table = self.words.weight
         weight = torch.where(x["ids_mask"], x["weights"], torch.zeros_like(x["weights"]))
-        bag = torch.einsum("bt,btd->bd", weight.to(self.words.weight.dtype), self.words(x["ids"]))
-        return single(self.mlp(bag))
+        weight = F.dropout(weight, self.dropout, self.training).to(table.dtype)
+        if table.device.type == "mps":  # has no weighted embedding_bag in every torch
+            bag = torch.einsum("bt,btd->bd", weight, F.embedding(x["ids"], table))
+        else:  # half the time: no (b, t, d) array
+            bag = F.embedding_bag(x["ids"], table, mode="sum", per_sample_weights=weight)
+        return single(self.GAIN * bag)
 
 
 class ImageEncoder(nn.Module):
@@ -274,13 +282,14 @@ class ImageEncoder(nn.Module):
         layers: list[nn.Module] = []
         channels = 1
         for out in (width, 2 * width, 4 * width):
-            layers += [nn.Conv2d(channels, out, 3, stride=2, padding=1), nn.GroupNorm(4, out), nn.GELU()]
+            convolution = nn.Conv2d(channels, out, 3, stride=2, padding=1)
+            layers += [convolution, nn.GroupNorm(4, out), nn.GELU()]
             channels = out
         self.layers = nn.Sequential(*layers)
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(2 * channels, d_model))
 
     def forward(self, x: dict[str, Tensor]) -> Tokens:
-        pixels = x["pixels"].to(self.head[1].weight.dtype) / 127.5 - 1.0
+        pixels = x["pixels"].to(next(self.head.parameters()).dtype) / 127.5 - 1.0
         maps = self.layers(pixels[:, None])
         pooled = torch.cat([maps.mean((2, 3)), F.adaptive_max_pool2d(maps, 1).flatten(1)], 1)
         return single(self.head(pooled))

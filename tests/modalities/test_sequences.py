@@ -230,8 +230,10 @@ def test_window_means_by_hand():
         [event(-4.0, "HR", 50.0)],
     ]
     table = EventSummary(statistics=("last",), windows=2).fit_transform(frame(cells))
-    assert list(table) == ["course__HR__last", "course__HR__mean_1of2", "course__HR__mean_2of2"]
-    np.testing.assert_allclose(table.to_numpy(), [[90, 65, 90], [50, np.nan, 50]])
-    late = frame([[event(-99.0, "HR", 1.0), event(0.0, "HR", 3.0)]])  # outside counts as the ends
+    names = ["last", "mean_1of2", "mean_2of2", "recent_mean", "recent_min", "recent_max"]
+    assert list(table) == [f"course__HR__{name}" for name in names]
+    nan = np.nan
+    np.testing.assert_allclose(table, [[90, 65, 90, 90, 90, 90], [50, nan, 50, nan, nan, nan]])
+    late = frame([[event(-99.0, "HR", 1.0), event(-1.0, "HR", 5.0), event(0.0, "HR", 3.0)]])
     fitted = EventSummary(statistics=("last",), windows=2).fit(frame(cells))
-    np.testing.assert_allclose(fitted.transform(late).to_numpy(), [[3, 1, 3]])
+    np.testing.assert_allclose(fitted.transform(late), [[3, 1, 4, 4, 3, 5]])  # outside: the ends

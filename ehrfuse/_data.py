@@ -42,7 +42,7 @@ class Block:
         return np.maximum.reduce(lengths) if lengths else None
 
     def take(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """Tensors of some rows; a ragged `x` comes padded as `x` (b, t, ...) and `x_mask` (b, t)."""
+        """Tensors of some rows; a ragged `x` comes padded (b, t, ...), with its `x_mask` (b, t)."""
         tensors = {name: torch.from_numpy(array[rows]) for name, array in self.arrays.items()}
         places: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # parts of one stream share offsets
         for name, (flat, offsets) in self.ragged.items():

@@ -1,12 +1,13 @@
 """Which modalities a row has: the one definition that fusion, rectifier and evaluation share."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 
-def modality_columns(modality, X: pd.DataFrame) -> list[str]:
+def modality_columns(modality: Any, X: pd.DataFrame) -> list[str]:
     """Columns of X that a modality reads: from its `columns`, or a name or list of names."""
     columns = getattr(modality, "columns", modality)
     columns = columns(X) if callable(columns) else columns

@@ -45,8 +45,8 @@ class ClassTarget:
         self.classes = np.unique(y)
         if len(self.classes) < 2:
             raise ValueError(
-                f"y holds one class only, {self.classes.tolist()[0]!r}; a classifier needs at least two "
-                "classes. Look at the cohort or the split that left the others out."
+                f"y holds one class only, {self.classes.tolist()[0]!r}; a classifier needs at "
+                "least two classes. Look at the cohort or the split that left the others out."
             )
         self.n_outputs = 1 if len(self.classes) == 2 else len(self.classes)
         weight = compute_class_weight(class_weight, classes=self.classes, y=y)
@@ -112,11 +112,13 @@ class TaskTarget:
         self.classes = np.arange(self.n_outputs)
         if not (class_weight is None or class_weight == "balanced"):
             raise ValueError(
-                f"class_weight={class_weight!r} does not fit several outcomes; use 'balanced', None "
-                "or sample_weight."
+                f"class_weight={class_weight!r} does not fit several outcomes; use 'balanced', "
+                "None or sample_weight."
             )
         known, positive = (~np.isnan(y)).sum(0), np.nansum(y, 0)
-        self.constant = np.where((positive == 0) | (positive == known), positive / known.clip(1), np.nan)
+        self.constant = np.where(
+            (positive == 0) | (positive == known), positive / known.clip(1), np.nan
+        )
         self._warn_constant(known)
         pair = np.stack([known - positive, positive], 1)
         balanced = known[:, None] / (2 * pair.clip(1))
@@ -140,7 +142,9 @@ class TaskTarget:
     def encode(self, y):
         """Float32 (n, k) of 0, 1 and NaN."""
         try:
-            y = np.asarray(y.to_numpy(dtype="float64", na_value=np.nan) if hasattr(y, "columns") else y)
+            y = np.asarray(
+                y.to_numpy(dtype="float64", na_value=np.nan) if hasattr(y, "columns") else y
+            )
             y = y.astype("float64")
         except (TypeError, ValueError) as error:
             raise ValueError(
@@ -164,7 +168,9 @@ class TaskTarget:
         known = ~y.isnan() & learned
         y = y.nan_to_num()
         term = F.binary_cross_entropy_with_logits(logits, y, reduction="none")
-        return weighted_mean(term, weight[:, None] * known * torch.where(y > 0, table[:, 1], table[:, 0]))
+        return weighted_mean(
+            term, weight[:, None] * known * torch.where(y > 0, table[:, 1], table[:, 0])
+        )
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """(n, k): the probability of a positive, task by task."""

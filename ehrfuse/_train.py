@@ -134,7 +134,9 @@ def _name_bad_term(terms: dict[str, Tensor], epoch: int) -> None:
                 f"Loss term '{name}' is {term.item()} in epoch {epoch}; try a smaller lr, and look "
                 "for extreme values in the inputs."
             )
-    raise FloatingPointError(f"The sum of the loss terms overflows in epoch {epoch}; scale them down.")
+    raise FloatingPointError(
+        f"The sum of the loss terms overflows in epoch {epoch}; scale them down."
+    )
 
 
 class _Mean:

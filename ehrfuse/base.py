@@ -1,7 +1,7 @@
 """Everything between a DataFrame and `train`: one template, three faces.
 
-A method subclasses `TorchClassifier`, `TorchRegressor` or `TorchEncoder` and supplies its parameters
-and `_make_core(modalities, target)`; nothing else is required.
+A method subclasses `TorchClassifier`, `TorchRegressor` or `TorchEncoder` and supplies its
+parameters and `_make_core(modalities, target)`; nothing else is required.
 """
 
 import inspect
@@ -229,7 +229,7 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
         return self
 
     def _frame(self, X, y="no_validation", *, reset):
-        """X as a frame of this estimator's columns; names and sizes checked as scikit-learn does."""
+        """X as a frame of this estimator's columns, checked as scikit-learn does."""
         if isinstance(X, pd.DataFrame):
             _refuse_bad_frame(X)
             if self.modalities is not None:
@@ -251,9 +251,10 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
         """Cut X to the columns of the declared modalities, plus the groups column in fit."""
         if reset:
             kept = [m for m in self._named().values() if isinstance(m, Modality)]
-            own = [c for m in kept for c in modality_columns(m, X) if c in X.columns]
-            own += [self.groups] if self.groups in X.columns else []
-            return X[list(dict.fromkeys(own))] if own else X
+            own = [c for m in kept for c in modality_columns(m, X)]
+            own += [] if self.groups is None else [self.groups]
+            known = own and set(own) <= set(X.columns)  # else the modality itself will complain
+            return X[list(dict.fromkeys(own))] if known else X
         check_is_fitted(self)
         own = list(self.feature_names_in_)
         lost = [c for c in own if c not in X.columns and c != self.groups]
@@ -300,10 +301,15 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
     def _check_names(self, declared):
         taken = {*inspect.signature(type(self).__init__).parameters, *dir(nn.ModuleDict)}
         for name, modality in declared.items():
-            if not isinstance(name, str) or not name.isidentifier() or "__" in name or name in taken:
+            if (
+                not isinstance(name, str)
+                or not name.isidentifier()
+                or "__" in name
+                or name in taken
+            ):
                 raise ValueError(
-                    f"{name!r} cannot name a modality: a name is an identifier without '__' that is "
-                    "no parameter of the estimator; choose another word."
+                    f"{name!r} cannot name a modality: a name is an identifier without '__' that "
+                    "is no parameter of the estimator; choose another word."
                 )
             if not isinstance(modality, Modality):
                 raise ValueError(
@@ -327,7 +333,9 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
         if reset:
             self.target_ = self._make_target(y)
         check_consistent_length(X, y, sample_weight)
-        weight = np.ones(len(X)) if sample_weight is None else np.asarray(sample_weight, dtype=float)
+        weight = (
+            np.ones(len(X)) if sample_weight is None else np.asarray(sample_weight, dtype=float)
+        )
         if weight.ndim != 1 or not np.isfinite(weight).all() or (weight < 0).any():
             raise ValueError("sample_weight must be one finite number of at least 0 for every row.")
         if not weight.any():
@@ -412,8 +420,8 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
             here, there = _described(declared[name], X), _described(fitted[name], X)
             if here != there:
                 raise ValueError(
-                    f"Modality {name!r} is {declared[name]} here but {fitted[name]} in `pretrained`; "
-                    "give both the same columns and parameters."
+                    f"Modality {name!r} is {declared[name]} here but {fitted[name]} in "
+                    "`pretrained`; give both the same columns and parameters."
                 )
 
     def _take_over(self, core):

@@ -57,7 +57,9 @@ proba["MMNAR + trees (mean)"] = np.mean(
 # %%
 # Out-of-fold scores with 95 % intervals from resampled patients.
 
-scores = {name: bootstrap_scores(y, p, n_resamples=500, random_state=0) for name, p in proba.items()}
+scores = {
+    name: bootstrap_scores(y, p, n_resamples=500, random_state=0) for name, p in proba.items()
+}
 table = pd.DataFrame(
     {
         name: {

@@ -3,14 +3,13 @@
 import inspect
 
 import pytest
+from checks import checks_for
 from sklearn.linear_model import LogisticRegression
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import ehrfuse
 from ehrfuse.base import TorchEstimator
 from ehrfuse.datasets import make_ehr
-
-from checks import checks_for
 
 SMALL = {"d_model": 8, "n_members": 2, "max_epochs": 2, "groups": "subject_id", "random_state": 0}
 MINIBATCHES = (

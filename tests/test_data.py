@@ -30,9 +30,7 @@ def test_ragged_rows_come_back_whole(lengths, seed):
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    n=st.integers(1, 70), size=st.integers(1, 20), shuffled=st.booleans(), sized=st.booleans()
-)
+@given(n=st.integers(1, 70), size=st.integers(1, 20), shuffled=st.booleans(), sized=st.booleans())
 def test_iterate_visits_every_row_once(n, size, shuffled, sized):
     length = np.arange(n)[::-1] if sized else None
     rng = np.random.default_rng(0) if shuffled else None
@@ -45,7 +43,9 @@ def test_iterate_visits_every_row_once(n, size, shuffled, sized):
 
 def test_batches_are_alike_in_length():
     length = np.random.default_rng(0).integers(1, 500, 4000)
-    padded = sum(length[b].max() * len(b) for b in iterate(4000, 64, np.random.default_rng(1), length))
+    padded = sum(
+        length[b].max() * len(b) for b in iterate(4000, 64, np.random.default_rng(1), length)
+    )
     plain = sum(length[b].max() * len(b) for b in iterate(4000, 64, np.random.default_rng(1)))
     assert padded < 0.65 * plain
 
@@ -63,7 +63,9 @@ def test_data_is_a_view():
 
 
 def test_recast_touches_floats_only():
-    block = Block(np.ones(2, bool), {"x": np.ones((2, 1), "float32"), "c": np.ones((2, 1), "int32")})
+    block = Block(
+        np.ones(2, bool), {"x": np.ones((2, 1), "float32"), "c": np.ones((2, 1), "int32")}
+    )
     batch = Data({"a": block}, np.arange(2)).batch(np.arange(2))
     moved = batch.to(torch.device("cpu"), torch.float64)
     assert moved.inputs["a"]["x"].dtype == torch.float64

@@ -12,7 +12,6 @@ import tiny_models
 import torch
 
 from ehrfuse import _cache, _hub
-from ehrfuse._cache import RowCache
 
 pytest.importorskip("transformers")
 
@@ -31,7 +30,7 @@ def info(bert):
 
 @pytest.fixture(autouse=True)
 def _empty_memory():
-    RowCache.forget()
+    _hub.RowCache.forget()
 
 
 def encode(texts, info, **options):
@@ -157,12 +156,12 @@ def test_chunks_that_the_model_cannot_read_are_refused(info):
 def test_vectors_do_not_depend_on_the_batch(tmp_path, monkeypatch, write):
     info = _hub.inspect_model(getattr(tiny_models, write)(tmp_path / "model"))
     together, offsets = encode(NOTES, info)
-    RowCache.forget()
+    _hub.RowCache.forget()
     monkeypatch.setattr(_hub, "TOKENS_PER_BATCH", 1)
     for i, note in enumerate(NOTES):
         alone, _ = encode([note], info)
         np.testing.assert_allclose(together[offsets[i] : offsets[i + 1]], alone, atol=1e-5)
-        RowCache.forget()
+        _hub.RowCache.forget()
 
 
 def test_no_text_gives_no_vector(info):
@@ -244,8 +243,8 @@ def test_a_row_cut_short_is_named(info, tmp_path):
 
 
 def test_what_was_done_before_a_kill_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(RowCache, "GROUP", 2)
-    cache = RowCache(tmp_path / "rows.sqlite")
+    monkeypatch.setattr(_hub.RowCache, "GROUP", 2)
+    cache = _hub.RowCache(tmp_path / "rows.sqlite")
     items = [bytes([i]) for i in range(6)]
     calls = []
 
@@ -264,8 +263,8 @@ def test_what_was_done_before_a_kill_is_kept(tmp_path, monkeypatch):
 
 
 def test_memory_is_bounded(monkeypatch):
-    monkeypatch.setattr(RowCache, "MEMORY", 1000)
-    cache, calls = RowCache(), []
+    monkeypatch.setattr(_hub.RowCache, "MEMORY", 1000)
+    cache, calls = _hub.RowCache(), []
 
     def compute(places):
         calls.append(len(places))
@@ -273,7 +272,7 @@ def test_memory_is_bounded(monkeypatch):
 
     items = [bytes([i]) for i in range(20)]
     assert len(cache.map("tag", items, compute)) == 20
-    assert RowCache._bytes == 1000
+    assert _hub.RowCache._bytes == 1000
     cache.map("tag", items[10:], compute)
     cache.map("tag", items[:10], compute)
     assert calls == [20, 10]

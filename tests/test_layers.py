@@ -17,7 +17,11 @@ LAYERS = {
     "_runtime": (set(), {"torch"}),
     "_patterns": (set(), {"numpy", "pandas"}),
     "nn": ({"nn"}, {"torch"}),
-    "_hub": ({"_runtime"}, {"numpy", "torch", "transformers", "tokenizers", "tqdm", "safetensors"}),
+    "_cache": ({"_runtime"}, {"numpy", "tqdm"}),
+    "_hub": (
+        {"_cache", "_runtime"},
+        {"numpy", "torch", "transformers", "tokenizers", "tqdm", "safetensors"},
+    ),
     "_data": (set(), {"numpy", "torch"}),
     "_targets": ({"nn"}, {"numpy", "torch", "sklearn"}),
     "_train": ({"_data", "_runtime", "nn"}, {"numpy", "torch"}),

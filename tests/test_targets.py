@@ -99,7 +99,9 @@ def test_values_come_back_in_their_unit():
     assert encoded.mean() == pytest.approx(0, abs=1e-6)
     np.testing.assert_allclose(target.values(encoded), y, rtol=1e-5)
     several = ValueTarget(np.array([[1.0, np.nan], [3.0, 5.0]]))
-    loss = several.loss(torch.zeros(2, 2), as_tensor(several.encode([[1, np.nan], [3, 5]])), torch.ones(2))
+    loss = several.loss(
+        torch.zeros(2, 2), as_tensor(several.encode([[1, np.nan], [3, 5]])), torch.ones(2)
+    )
     assert loss.item() == pytest.approx((1 + 1 + 0) / 3, rel=1e-5)
 
 

@@ -52,7 +52,9 @@ def make_data(n=41, seed=0):
 def fitted(seed=0, **options):
     torch.manual_seed(0)
     core = Stub(**{k: options.pop(k) for k in ("fail_at", "interrupt_at") if k in options})
-    history = train(core, make_data(), seed=seed, device=CPU, **OPTIONS | {"validation": None} | options)
+    history = train(
+        core, make_data(), seed=seed, device=CPU, **OPTIONS | {"validation": None} | options
+    )
     return core, history
 
 

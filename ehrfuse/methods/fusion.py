@@ -73,9 +73,7 @@ class _Fusion:
         encoders = {
             name: m.make_encoder(self.d_model, self.n_members) for name, m in modalities.items()
         }
-        return FusionCore(
-            encoders, target, self.d_model, self.n_members, self.fusion, self.dropout
-        )
+        return FusionCore(encoders, target, self.d_model, self.n_members, self.fusion, self.dropout)
 
 
 class FusionClassifier(_Fusion, TorchClassifier):

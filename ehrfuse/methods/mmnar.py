@@ -29,8 +29,8 @@ class PatternFusion(nn.Module):
     """Part (i): modality vectors to one vector, given which of them are there.
 
     Shape: pooled (b * e, m, d), shown (b * e, m), pattern (b * e, m) -> (b * e, h).
-    `shown` says which vectors may be read, `pattern` which the clinician had; they differ only where
-    training hides a modality.
+    `shown` says which vectors may be read, `pattern` which the clinician had; they differ
+    only where training hides a modality.
 
     NOTE[DIFF] The release averages the tokens; here they stand side by side, an absent one as a
     learned null vector, because the mean forgets whose value it was.
@@ -311,8 +311,8 @@ class MMNARPretrainer(_MMNAR, TorchEncoder):
         super()._check_params()
         if not (self.reconstruction_weight or self.contrastive_weight):
             raise ValueError(
-                "reconstruction_weight and contrastive_weight are both 0: there is nothing to learn "
-                "from; make one of them positive."
+                "reconstruction_weight and contrastive_weight are both 0: there is nothing to "
+                "learn from; make one of them positive."
             )
 
 

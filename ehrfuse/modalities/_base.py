@@ -73,9 +73,21 @@ class Modality(BaseEstimator):
         return self._read(cells, present)
 
     def make_encoder(self, d_model: int, n_members: int = 1) -> nn.Module:
-        """Build the encoder: dict of tensors (b, ...) -> tokens (b, t, d_model), mask (b, t).
+        """Build the torch module that reads the block.
 
-        One that knows of ensemble members states ``n_members`` and gives (b * n_members, t, d).
+        Parameters
+        ----------
+        d_model : int
+            Width of a token.
+        n_members : int, default=1
+            Ensemble members of the core.
+
+        Returns
+        -------
+        encoder : Module
+            From the dict of `Block.take`, tensors (b, ...), to tokens (b, t, d_model) and their
+            mask (b, t). One that knows of members states ``n_members`` and gives
+            (b * n_members, t, d_model).
         """
         raise NotImplementedError
 
@@ -114,7 +126,9 @@ class Modality(BaseEstimator):
 
 def _some(names, limit=8):
     names = [repr(name) for name in names]
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return ", ".join(names[:limit]) + (
+        f" and {len(names) - limit} more" if len(names) > limit else ""
+    )
 
 
 def check_count(value, name, minimum=1):

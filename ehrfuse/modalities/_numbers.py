@@ -116,9 +116,7 @@ def edges_of(table: np.ndarray, n_bins: int) -> np.ndarray:
     return edges
 
 
-def numeric_features(
-    table: np.ndarray, n_bins: int, present: np.ndarray
-) -> dict[str, np.ndarray]:
+def numeric_features(table: np.ndarray, n_bins: int, present: np.ndarray) -> dict[str, np.ndarray]:
     """What `NumericFeatures` needs, from scaled training rows: bin edges, flags, mean features."""
     table = table if present.all() else table[present]
     edges = edges_of(table, n_bins)

@@ -126,7 +126,9 @@ def _plain(cell, column, needs):
         names = list(cell)
         if len({len(cell[name]) for name in names}) > 1:
             raise _wrong(column, "a dict of arrays of unequal length", needs)
-        cell = [dict(zip(names, record, strict=True)) for record in zip(*cell.values(), strict=True)]
+        cell = [
+            dict(zip(names, record, strict=True)) for record in zip(*cell.values(), strict=True)
+        ]
     if not isinstance(cell, list | tuple | np.ndarray):
         raise _wrong(column, describe(cell), needs)
     if not all(isinstance(record, Mapping) for record in cell):

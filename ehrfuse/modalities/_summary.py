@@ -195,17 +195,19 @@ class EventSummary(TransformerMixin, BaseEstimator):
 
     Notes
     -----
-    The slope is the least-squares slope per unit of time, sd has n - 1 below the line. A code that never carried a value in `fit` gets count and time_since only. Count is 0 where the
-    code did not occur, all else is NaN.
+    The slope is the least-squares slope per unit of time, sd has n - 1 below the line. A code that
+    never carried a value in `fit` gets count and time_since only. Count is 0 where the code did not
+    occur, all else is NaN.
 
     Examples
     --------
     >>> import pandas as pd
     >>> from ehrfuse import EventSummary
-    >>> X = pd.DataFrame({"vitals": [
-    ...     [{"time": -5.0, "code": "HR", "value": 80.0}, {"time": -1.0, "code": "HR", "value": 90.0}],
-    ...     None,
-    ... ]})
+    >>> stay = [
+    ...     {"time": -5.0, "code": "HR", "value": 80.0},
+    ...     {"time": -1.0, "code": "HR", "value": 90.0},
+    ... ]
+    >>> X = pd.DataFrame({"vitals": [stay, None]})
     >>> EventSummary(statistics=("last", "count", "slope")).fit_transform(X)
        vitals__HR__last  vitals__HR__count  vitals__HR__slope
     0              90.0                2.0                2.5
@@ -243,10 +245,14 @@ class EventSummary(TransformerMixin, BaseEstimator):
         """
         unknown = set(self.statistics) - set(STATISTICS)
         if unknown:
-            raise ValueError(f"statistics {sorted(unknown)} are not known; choose from {STATISTICS}.")
+            raise ValueError(
+                f"statistics {sorted(unknown)} are not known; choose from {STATISTICS}."
+            )
         if self.remainder not in ("passthrough", "drop"):
             raise ValueError(f"remainder={self.remainder!r}; choose 'passthrough' or 'drop'.")
-        columns = [c for c in X.columns if _is_stream(X[c])] if self.columns is None else self.columns
+        columns = (
+            [c for c in X.columns if _is_stream(X[c])] if self.columns is None else self.columns
+        )
         self.columns_ = [columns] if isinstance(columns, str) else list(columns)
         check_count(self.windows, "windows", 0)
         check_count(self.max_codes, "max_codes")

@@ -43,5 +43,4 @@ class Labs(Modality):
         return Block(present, {"values": self.scale_.apply(table, out=table)})
 
     def make_encoder(self, d_model, n_members=1):
-        """Build the encoder; see `Modality.make_encoder`."""
         return LabsEncoder(build_features(self.features_), len(self.columns_), d_model)

@@ -136,7 +136,6 @@ class Events(Modality):
         }
 
     def make_encoder(self, d_model, n_members=1):
-        """Build the encoder; see `Modality.make_encoder`."""
         summary = None
         if self.summary:
             summary = TableEncoder(
@@ -255,7 +254,6 @@ class Visits(Modality):
         return {"code": (code, code_offsets), "code_visit": (within, code_offsets)}
 
     def make_encoder(self, d_model, n_members=1):
-        """Build the encoder; see `Modality.make_encoder`."""
         return VisitEncoder(len(self.numeric_fields_), len(self.codes_), d_model)
 
 

@@ -5,7 +5,13 @@ import pandas as pd
 
 from ehrfuse._data import Block
 from ehrfuse.modalities._base import Modality, check_count, describe
-from ehrfuse.modalities._numbers import RobustScale, build_features, is_number_column, numeric_features, read_numbers
+from ehrfuse.modalities._numbers import (
+    RobustScale,
+    build_features,
+    is_number_column,
+    numeric_features,
+    read_numbers,
+)
 from ehrfuse.nn.encoders import TableEncoder
 
 __all__ = ["Tabular"]
@@ -74,7 +80,6 @@ class Tabular(Modality):
         return Block(present, arrays)
 
     def make_encoder(self, d_model, n_members=1):
-        """Build the encoder; see `Modality.make_encoder`."""
         sizes = [len(known) + 2 for known in self.categories_.values()]
         return TableEncoder(
             build_features(self.features_), sizes, d_model, n_members,

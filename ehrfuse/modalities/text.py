@@ -16,8 +16,8 @@ __all__ = ["Text"]
 class Text(Modality):
     """Notes: one string a row, null where there is none.
 
-    By default nothing is downloaded: words and pairs of neighbouring words are learned in `fit` and
-    weighed as in TF-IDF. With `model` a Hugging Face text model reads the note in chunks, frozen
+    By default nothing is downloaded: words and pairs of neighbours are learned in `fit` and
+    weighed much as in TF-IDF. With `model` a Hugging Face text model reads notes in chunks, frozen
     (its vectors are computed once and cached) or trained through.
 
     Parameters
@@ -45,8 +45,9 @@ class Text(Modality):
     cache : path or None, default=None
         Where the vectors of a frozen model are kept: an sqlite file, which several processes may
         share, or None for the memory of this process.
-    dropout : float, default=0.1
-        On the features of the note.
+    dropout : float or None, default=None
+        Share of the words of a note left out in training, or dropout on the vectors of `model`.
+        None is 0.5 for words and 0.1 for vectors.
     lr_scale : float, default=0.02
         Multiple of the learning rate for a trainable model.
 
@@ -92,7 +93,7 @@ class Text(Modality):
         min_count=5,
         max_words=20_000,
         cache=None,
-        dropout=0.1,
+        dropout=None,
         lr_scale=0.02,
     ):
         super().__init__(columns)
@@ -191,11 +192,12 @@ class Text(Modality):
         return Block(present, ragged={"ids": (ids, offsets), "chunk": (chunk, offsets)})
 
     def make_encoder(self, d_model, n_members=1):
-        """Build the encoder; see `Modality.make_encoder`."""
         if self.model is None:
-            return WordEncoder(len(self.vocabulary_) + 1, d_model, self.dropout)
+            dropout = 0.5 if self.dropout is None else self.dropout
+            return WordEncoder(len(self.vocabulary_) + 1, d_model, dropout)
+        dropout = 0.1 if self.dropout is None else self.dropout
         if not self.trainable:
-            return ChunkEncoder(self.size_, d_model, self.dropout)
+            return ChunkEncoder(self.size_, d_model, dropout)
         at_hand = getattr(self, "_weights_at_hand", False)
         if at_hand:
             network = _hub.copy_model(
@@ -204,7 +206,7 @@ class Text(Modality):
         else:
             network = _hub.build_model(self.config_)
         backbone = Backbone(network, self.pooling, self.lr_scale, pretrained=at_hand)
-        return BackboneEncoder(backbone, self.size_, d_model, self.pad_, self.dropout)
+        return BackboneEncoder(backbone, self.size_, d_model, self.pad_, dropout)
 
 
 def _spread(offsets, present):

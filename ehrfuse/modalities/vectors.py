@@ -104,7 +104,6 @@ class Embedding(Modality):
         )  # fmt: skip
 
     def make_encoder(self, d_model, n_members=1):
-        """Build the encoder; see `Modality.make_encoder`."""
         return VectorEncoder(max(1, self.size_), d_model, self.dropout)
 
 
@@ -258,7 +257,6 @@ class Image(Modality):
         return _eight_bits(array)
 
     def make_encoder(self, d_model, n_members=1):
-        """Build the encoder; see `Modality.make_encoder`."""
         if self.model is not None:
             return VectorEncoder(self.size_, d_model, self.dropout)
         return ImageEncoder(d_model, dropout=self.dropout)

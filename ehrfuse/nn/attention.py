@@ -39,7 +39,11 @@ class TransformerBlock(nn.Module):
         keys = (mask | ~mask.any(1, keepdim=True))[:, None, None, :]
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=keys, dropout_p=dropout
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=keys,
+            dropout_p=dropout,
         )
         return y.transpose(1, 2).reshape(b, t, d)
 

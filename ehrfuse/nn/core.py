@@ -17,11 +17,16 @@ from ehrfuse.nn.members import MemberScale
 class BatchLike(Protocol):
     """What a core reads of a batch (`ehrfuse._data.Batch`)."""
 
-    inputs: dict[str, dict[str, Tensor]]
-    present: dict[str, Tensor]
-    y: Tensor | None
-    weight: Tensor | None
-    groups: Tensor | None
+    @property
+    def inputs(self) -> dict[str, dict[str, Tensor]]: ...
+    @property
+    def present(self) -> dict[str, Tensor]: ...
+    @property
+    def y(self) -> Tensor | None: ...
+    @property
+    def weight(self) -> Tensor | None: ...
+    @property
+    def groups(self) -> Tensor | None: ...
 
 
 class Encoded(NamedTuple):
@@ -62,7 +67,7 @@ class Core(nn.Module):
         self.trunk, self.heads, self.n_members = trunk, heads, n_members
         self.spread = nn.ModuleDict(
             {
-                name: MemberScale(n_members, encoder.n_outputs)
+                name: MemberScale(n_members, int(encoder.n_outputs))  # type: ignore[arg-type]
                 for name, encoder in encoders.items()
                 if members_of(encoder) != n_members
             }
@@ -123,10 +128,11 @@ class Core(nn.Module):
         A module may name its own multiple of the learning rate in an attribute `lr_scale`
         (a pretrained language model takes a smaller step than a fresh head).
         """
-        scale = {}
+        scale: dict[int, float] = {}
         for module in self.modules():
             if hasattr(module, "lr_scale"):
-                scale |= {id(p): float(module.lr_scale) for p in module.parameters()}
+                factor = float(module.lr_scale)  # type: ignore[arg-type]
+                scale |= {id(p): factor for p in module.parameters()}
         groups: dict[tuple[float, float], list] = {}
         for name, p in self.named_parameters():
             if p.requires_grad:

@@ -161,7 +161,10 @@ class EventTokens(nn.Module):
         self.register_buffer("frequencies", 2.0 ** torch.arange(n_frequencies) * torch.pi / 2)
         self.when = nn.Linear(2 * n_frequencies, d_model)
         self.mlp = nn.Sequential(
-            nn.LayerNorm(d_model), nn.Linear(d_model, d_model), nn.GELU(), nn.Linear(d_model, d_model)
+            nn.LayerNorm(d_model),
+            nn.Linear(d_model, d_model),
+            nn.GELU(),
+            nn.Linear(d_model, d_model),
         )
 
     def forward(self, x: dict[str, Tensor]) -> Tokens:
@@ -188,7 +191,10 @@ class VisitEncoder(nn.Module):
         self.register_buffer("frequencies", 2.0 ** torch.arange(n_frequencies) * torch.pi / 2)
         self.when = nn.Linear(2 * n_frequencies, d_model)
         self.mlp = nn.Sequential(
-            nn.LayerNorm(d_model), nn.Linear(d_model, d_model), nn.GELU(), nn.Linear(d_model, d_model)
+            nn.LayerNorm(d_model),
+            nn.Linear(d_model, d_model),
+            nn.GELU(),
+            nn.Linear(d_model, d_model),
         )
         self.nothing = nn.Parameter(torch.zeros(d_model))
 
@@ -253,17 +259,17 @@ class WordEncoder(nn.Module):
         Share of the words left out of a note in training.
     """
 
-    # A word is seen in few notes, so its vector must learn in few steps.
-    LR_SCALE, GAIN = 10.0, 4.0
+    # Weights of a note are small and a fit is short, so the vectors of words take large steps.
+    LR_SCALE, GAIN = 30.0, 10.0
 
     def __init__(self, n_words: int, d_model: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.n_outputs, self.lr_scale, self.dropout = d_model, self.LR_SCALE, dropout
-        self.words = nn.Embedding(n_words, d_model)
-        nn.init.normal_(self.words.weight, std=0.02)
+        # A plain parameter: weight decay at that step size would wipe out what rare words learn.
+        self.words = nn.Parameter(torch.randn(n_words, d_model) * 0.02)
 
     def forward(self, x: dict[str, Tensor]) -> Tokens:
-        table = self.words.weight
+        table = self.words
         weight = torch.where(x["ids_mask"], x["weights"], torch.zeros_like(x["weights"]))
         weight = F.dropout(weight, self.dropout, self.training).to(table.dtype)
         if table.device.type == "mps":  # has no weighted embedding_bag in every torch

@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 
 from ehrfuse import Events, EventSummary, Visits
 
-KIND = pa.list_(
-    pa.struct([("time", pa.float32()), ("code", pa.string()), ("value", pa.float32())])
-)
+KIND = pa.list_(pa.struct([("time", pa.float32()), ("code", pa.string()), ("value", pa.float32())]))
 
 
 def event(time, code, value=None):
@@ -177,7 +175,7 @@ def test_wrong_options_are_explained():
         Events("course", time_unit="years").fit(frame(CELLS))
     with pytest.raises(ValueError, match="reads nothing"):
         Events("course", summary=False, stream=False).fit(frame(CELLS))
-    with pytest.raises(ValueError, match="statistics.*median.*not known"):
+    with pytest.raises(ValueError, match=r"statistics.*median.*not known"):
         EventSummary(statistics=("median",)).fit(frame(CELLS))
 
 

@@ -126,7 +126,9 @@ def test_unknown_category_starts_silent():
 
 
 def test_labs_tokens_are_per_analyte():
-    numbers = NumericFeatures(torch.tensor([[-1.0, 0.0, 1.0]] * 3), torch.tensor([], dtype=torch.long))
+    numbers = NumericFeatures(
+        torch.tensor([[-1.0, 0.0, 1.0]] * 3), torch.tensor([], dtype=torch.long)
+    )
     labs = LabsEncoder(numbers, 3, 8)
     x = torch.tensor([[0.1, torch.nan, 0.7]])
     tokens, mask = labs({"values": x})

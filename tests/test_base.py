@@ -70,7 +70,9 @@ def test_wrong_frames_are_explained(cohort, modalities):
     X, y = cohort.X, cohort.y
     refuse("declare what it is, e.g. modalities=.*Text", X[["age", "note"]], y)
     refuse("same name: .*'age'", pd.concat([X, X[["age"]]], axis=1), y, modalities)
-    refuse("X is ndarray; with declared modalities it must be a pandas", X.to_numpy(), y, modalities)
+    refuse(
+        "X is ndarray; with declared modalities it must be a pandas", X.to_numpy(), y, modalities
+    )
     refuse(r"0 sample\(s\)", X.iloc[:0], y[:0], modalities)
     refuse("groups='patient' is no column", X, y, modalities, groups="patient")
     refuse("inconsistent numbers of samples", X, y[:-1], modalities)
@@ -109,7 +111,9 @@ def test_kinds_an_estimator_does_not_read_are_listed(cohort, modalities):
 
     clf = TablesOnly(modalities, **FAST).fit(cohort.X, cohort.y)
     assert clf.ignored_modalities_ == ["cxr"]
-    with pytest.raises(ValueError, match=r"TablesOnly reads Tabular; the modalities are .*Embedding"):
+    with pytest.raises(
+        ValueError, match=r"TablesOnly reads Tabular; the modalities are .*Embedding"
+    ):
         TablesOnly({"cxr": Embedding("cxr")}, **FAST).fit(cohort.X, cohort.y)
 
 
@@ -234,9 +238,7 @@ def test_class_weight_lifts_the_rare_class(cohort, modalities):
 
 
 def pretrained(modalities, **options):
-    return MMNARFusionClassifier(
-        modalities, **FAST, pretrained=MMNARPretrainer(**FAST), **options
-    )
+    return MMNARFusionClassifier(modalities, **FAST, pretrained=MMNARPretrainer(**FAST), **options)
 
 
 def test_pretrainer_inherits_modalities_and_hands_over_its_parts(cohort, modalities):
@@ -269,8 +271,14 @@ def test_frozen_estimator_brings_a_larger_cohort(cohort, modalities):
     ("options", "message"),
     [
         ({"pretrained__d_model": 4}, "encoders.vitals is built otherwise in `pretrained`"),
-        ({"pretrained__modalities": {"other": Tabular(["age"])}}, "at least one name must be shared"),
-        ({"pretrained__modalities": {"vitals": Tabular(["age"])}}, "Modality 'vitals' is .* here but"),
+        (
+            {"pretrained__modalities": {"other": Tabular(["age"])}},
+            "at least one name must be shared",
+        ),
+        (
+            {"pretrained__modalities": {"vitals": Tabular(["age"])}},
+            "Modality 'vitals' is .* here but",
+        ),
     ],
 )
 def test_pretrainers_that_do_not_fit_are_explained(cohort, modalities, options, message):
@@ -313,7 +321,11 @@ def test_score_of_a_pretrainer_is_repeatable_and_tunes(cohort, modalities):
 
 
 def test_everyday_use_with_patients(cohort):
-    declared = {"vitals": Tabular(["age"]), "labs": Labs(["sodium", "lactate"]), "note": Text("note")}
+    declared = {
+        "vitals": Tabular(["age"]),
+        "labs": Labs(["sodium", "lactate"]),
+        "note": Text("note"),
+    }
     clf = FusionClassifier(declared, **FAST, groups="subject_id")
     scores = cross_val_score(
         clf, cohort.X, cohort.y, cv=GroupKFold(3), groups=cohort.groups, scoring="roc_auc",

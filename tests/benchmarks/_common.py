@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import os
+import pickle
 import platform
 import sys
 import time
@@ -17,7 +18,7 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.base import BaseEstimator, ClassifierMixin, clone
+from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin, clone
 
 from ehrfuse.evaluation import METRICS, bootstrap_scores, paired_difference
 
@@ -93,7 +94,7 @@ class Store:
         self.folder = Path(folder)
 
     def get(self, name, stamp, compute):
-        """Array of predictions from the file `name`, or from `compute()`, and the seconds it took."""
+        """Predictions from the file `name`, or from `compute()`, and the seconds they took."""
         path = self.folder / f"{_file_name(name)}.npz"
         stamp = _digest(stamp)
         if path.exists():
@@ -119,13 +120,13 @@ def _digest(stamp):
     return hashlib.blake2b(repr(stamp).encode(), digest_size=16).hexdigest()
 
 
-def stamp_of(model, *rows):
-    """What a prediction depends on: every parameter, at any depth, the rows and the version."""
+def stamp_of(model, content, *rows):
+    """What a prediction depends on: every parameter at any depth, the data, and the version."""
     params = sorted(model.get_params(deep=True).items())
     told = [(key, repr(value)) for key, value in params if not hasattr(value, "get_params")]
     kinds = [(key, type(value).__name__) for key, value in params if hasattr(value, "get_params")]
     found = [hashlib.blake2b(np.ascontiguousarray(r)).hexdigest() for r in rows]
-    return type(model).__name__, told, kinds, found, version("ehrfuse")
+    return type(model).__name__, told, kinds, content, found, version("ehrfuse")
 
 
 # ---------------------------------------------------------------- out-of-fold predictions
@@ -152,6 +153,7 @@ class Cohort:
         self.proba = {}  # model -> array (seeds, rows, tasks)
         self.seeds = []
         self.scored = np.arange(len(X))
+        self.content = hashlib.blake2b(pickle.dumps((X, y), protocol=5)).hexdigest()
 
     @property
     def names(self):
@@ -173,7 +175,7 @@ class Cohort:
             for fold, (train, test) in enumerate(self.splits(seed)):
                 model = make(seed)
                 key = f"{self.dataset}/{name}/seed{seed}-fold{fold}"
-                stamp = stamp_of(model, train, test, self._labels())
+                stamp = stamp_of(model, self.content, train, test)
                 part, took = self.store.get(key, stamp, lambda m=model, a=train, b=test: (
                     self._fit_predict(m, a, b)
                 ))  # fmt: skip
@@ -183,9 +185,9 @@ class Cohort:
         self.proba[name] = np.array(found)
         self._say(name, seconds)
 
-    def combine(self, name, function, *parts):
-        """A model made of the predictions of others, row by row: their mean, for one."""
-        self.proba[name] = function(*[self.proba[part] for part in parts])
+    def average(self, name, *parts):
+        """The mean of the predictions of others, row by row and seed by seed."""
+        self.proba[name] = np.mean([self.proba[part] for part in parts], axis=0)
         self._say(name, 0.0)
 
     def _labels(self):
@@ -224,8 +226,8 @@ class Cohort:
                     values = spread[task, metric]
                     found = pooled.loc[(label, metric)]
                     rows.append(self._row(
-                        label, name, metric, np.mean(values),
-                        np.std(values) if len(values) > 1 else None,
+                        label, name, metric, _mean(values),
+                        _sd(values) if len(values) > 1 else None,
                         found["n"], found["lo"], found["hi"],
                     ))  # fmt: skip
         return rows
@@ -268,14 +270,71 @@ class Cohort:
                     ))  # fmt: skip
         return rows
 
+    def macro_rows(self):
+        """Mean over tasks of the AUROC of all rows, by model; no interval."""
+        rows = []
+        for name, proba in self.proba.items():
+            p = proba.mean(0)[self.scored]
+            scores = [self._score("auroc", task, p[:, task]) for task in range(p.shape[1])]
+            n = int((~np.isnan(self._labels()[self.scored])).any(1).sum())
+            rows.append(self._row("macro", name, "auroc", _mean(scores), None, n, None, None))
+        return rows
+
     def _row(self, task, model, metric, mean, sd, n, lo, hi):
         return row(self.dataset, task, model, metric, mean, sd, n, lo, hi, self.seeds)
+
+
+def _mean(values):
+    """Mean over the folds that hold both classes."""
+    values = np.asarray(values)
+    return values[~np.isnan(values)].mean() if (~np.isnan(values)).any() else np.nan
+
+
+def _sd(values):
+    values = np.asarray(values)
+    return values[~np.isnan(values)].std() if (~np.isnan(values)).any() else np.nan
+
+
+def one_split(n_train, n_test):
+    """Splits of a cohort whose last rows are the test rows, whatever the seed."""
+    rows = np.arange(n_train + n_test)
+    return lambda seed: [(rows[:n_train], rows[n_train:])]
+
+
+def two_folders(here, there):
+    """X, y and splits of two Bunches: fitted on all of the first, scored on the second."""
+    X, y = (pd.concat([here[part], there[part]]) for part in ("X", "y"))
+    return X, y, one_split(len(here.X), len(there.X))
 
 
 def positive(proba, n_tasks):
     """Probability of the positive class, (n, n_tasks), from a predict_proba of either shape."""
     proba = np.asarray(proba)
     return proba[:, [1]] if n_tasks == 1 and proba.shape[1] == 2 else proba
+
+
+class Take(TransformerMixin, BaseEstimator):
+    """Some columns of a frame; one column by name as strings, empty where null.
+
+    Parameters
+    ----------
+    columns : str or list of str
+    """
+
+    def __init__(self, columns):
+        self.columns = columns
+
+    def fit(self, X, y=None):
+        """Nothing is learned."""
+        return self
+
+    def transform(self, X):
+        """The columns."""
+        one = isinstance(self.columns, str)
+        return X[self.columns].fillna("") if one else X[list(self.columns)]
+
+    def __sklearn_is_fitted__(self):
+        return True
 
 
 class PerTask(ClassifierMixin, BaseEstimator):
@@ -330,15 +389,24 @@ def finish(args, rows):
 
 
 def show(rows):
-    """Print rows as one line each, under a heading for every data set and task."""
-    heading = None
+    """Print one line per model, under a heading for every data set and task, differences last."""
+    tasks = {}
     for r in rows:
-        if heading != (r["dataset"], r["task"]):
-            heading = r["dataset"], r["task"]
-            print(f"\n== {r['dataset']}: {r['task']} (seeds {r['seeds']})")
-        sd = "" if r["sd"] is None else f" sd {r['sd']:.4f}"
-        interval = "" if r["lo"] is None else f"  [{r['lo']:.4f}, {r['hi']:.4f}]"
-        signed = "+" if r["metric"].endswith("_difference") else ""
-        value = "-" if r["mean"] is None else f"{r['mean']:{signed}.4f}"
-        print(f"{r['model']:<62} {r['metric']:<18} {value}{sd}{interval}  n {r['n']}")
+        models = tasks.setdefault((r["dataset"], r["task"]), ({}, {}))
+        is_difference = r["metric"].endswith("_difference")
+        models[is_difference].setdefault(r["model"], []).append(r)
+    for (dataset, task), parts in tasks.items():
+        print(f"\n== {dataset}: {task}")
+        for models in parts:
+            for model, cells in models.items():
+                print(f"{model:<50} n {cells[0]['n']:<6}", "  ".join(map(_cell, cells)))
     sys.stdout.flush()
+
+
+def _cell(r):
+    metric = r["metric"].removesuffix("_difference")
+    sign = "+" if metric != r["metric"] else ""
+    value = "-" if r["mean"] is None else f"{r['mean']:{sign}.4f}"
+    sd = "" if r["sd"] is None else f" sd {r['sd']:.4f}"
+    interval = "" if r["lo"] is None else f" [{r['lo']:{sign}.4f}, {r['hi']:{sign}.4f}]"
+    return f"{metric} {value}{sd}{interval}"

@@ -36,17 +36,20 @@ STATIC = (
 )  # fmt: skip
 TASKS = ("hospital_death", "later_icu_stay")
 
-# Table: column of the phrase, of its time, and of the time it was entered (if the table has one).
+# Table: columns of the phrase, column of its time, and of the time it was entered (if it has one).
+# Diagnoses are inputs here: both tasks are about what follows, not about what the patient has.
 TEXT_TABLES = {
-    "note": ("notepath", "noteoffset", "noteenteredoffset"),
-    "physicalExam": ("physicalexampath", "physicalexamoffset", None),
-    "pastHistory": ("pasthistorypath", "pasthistoryoffset", "pasthistoryenteredoffset"),
-    "treatment": ("treatmentstring", "treatmentoffset", None),
-    "diagnosis": ("diagnosisstring", "diagnosisoffset", None),
-    "admissionDx": ("admitdxpath", "admitdxenteredoffset", None),
+    "note": (["notepath"], "noteoffset", "noteenteredoffset"),
+    "physicalExam": (["physicalexampath"], "physicalexamoffset", None),
+    "pastHistory": (["pasthistorypath"], "pasthistoryoffset", "pasthistoryenteredoffset"),
+    "treatment": (["treatmentstring"], "treatmentoffset", None),
+    "diagnosis": (["diagnosisstring"], "diagnosisoffset", None),
+    "admissionDx": (["admitdxpath"], "admitdxenteredoffset", None),
+    "carePlanGeneral": (["cplgroup", "cplitemvalue"], "cplitemoffset", None),
 }
-# Measured values that the phrase of a path alone would lose.
-VALUES = {"physicalExam": "physicalexamtext", "note": "notetext"}
+WHOLE_PATHS = ("treatment", "diagnosis", "admissionDx", "carePlanGeneral")
+# Entries of the form itself, and the measured values that the hourly table has already.
+LEFT_OUT = "Obtain Options|View Options|Save/|Include Rx|Vital Sign and Phys|Weight and I&"
 
 
 def find(folder):
@@ -150,13 +153,12 @@ def _notes(folder, stays):
 
 def _phrases(folder, table, path, time, entered):
     """Stay, time, when it was known, and the phrase, from one table."""
-    raw = _read(folder, table)
-    steps = raw[path].str.replace("|", "/").str.split("/")
-    # The last two steps say what was found where ("Motor Score 5"); earlier ones are the menu.
-    phrase = steps.str[-2:].str.join(" ")
-    if table in VALUES:
-        value = raw[VALUES[table]].fillna("").astype(str)
-        phrase = phrase.where((value == "") | (value == steps.str[-1]), phrase + " " + value)
+    raw = _read(folder, table).dropna(subset=path)
+    raw = raw[~raw[path[0]].str.contains(LEFT_OUT)]
+    steps = raw[path[0]] if len(path) == 1 else raw[path].agg("/".join, axis=1)
+    steps = steps.str.replace("|", "/").str.split("/")
+    # The last two steps say what was found where ("Motor Score/6"); the earlier are the menu.
+    phrase = (steps if table in WHOLE_PATHS else steps.str[-2:]).str.join(" ")
     known = raw[time] if entered is None else raw[[time, entered]].max(axis=1)
     stay = raw["patientunitstayid"]
     return pd.DataFrame({"stay": stay, "time": raw[time], "known": known, "phrase": phrase})

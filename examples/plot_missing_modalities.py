@@ -2,8 +2,9 @@
 What is missing, and what it tells
 ==================================
 
-In a simulated cohort sicker patients are examined more. The example asks how informative the holes
-are, and corrects a model that cannot see them by a rectifier. The best possible prediction is known.
+In a simulated cohort sicker patients are examined more. The example asks how informative the
+holes are, and corrects a model that cannot see them by a rectifier. The best possible prediction is
+known.
 """
 
 import matplotlib.pyplot as plt
@@ -43,9 +44,9 @@ print(
 )
 
 # %%
-# Median imputation hides the pattern from the trees. The rectifier sees it: on rows that a model has
-# not seen it measures how far every pattern's mean prediction is off, shrinks what is noise, and
-# corrects the rest.
+# Median imputation hides the pattern from the trees. The rectifier sees it: on rows that a model
+# has not seen it measures how far every pattern's mean prediction is off, shrinks what is noise,
+# and corrects the rest.
 
 numbers = data.X[["subject_id", "age", "heart_rate", "sodium", "lactate", "creatinine", "wbc"]]
 labs = {"labs": ["sodium", "lactate", "creatinine", "wbc"]}

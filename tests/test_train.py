@@ -161,9 +161,9 @@ def test_only_weight_matrices_decay():
 def test_learning_rate_warms_up_and_ends_at_zero():
     rates = [Stub().lr_scale_at(p) for p in np.linspace(0, 1, 101)]
     assert rates[0] < 0.02
-    assert max(rates) > 0.95
+    assert max(rates) > 0.9
     assert rates[-1] == pytest.approx(0.0, abs=1e-9)
-    assert np.argmax(rates) < 10
+    assert np.argmax(rates) < 20
 
 
 def test_prediction_keeps_the_order_whatever_the_batch():

@@ -68,7 +68,11 @@ class SummaryPlan:
 
     @classmethod
     def learn(cls, records, values, max_codes, now, n_windows=0, statistics=STATISTICS):
-        """From training rows. A code that never carries a value keeps count and time_since."""
+        """From training rows: the plan, and the table of those rows.
+
+        Numbers that no training row has are left out: a code that never carries a value keeps count
+        and time_since only.
+        """
         codes, valued = learn_codes(records, values, max_codes)
         windows = [f"mean_{w}of{n_windows}" for w in range(1, n_windows + 1)]
         windows += list(RECENT) if n_windows else []
@@ -80,7 +84,10 @@ class SummaryPlan:
             if code in valued or name in TIMELESS
         ]
         start = float(records.time.min(initial=now))
-        return cls(codes, kept, columns, start, now)
+        table = cls(codes, kept, columns, start, now).table(records, values)
+        known = ~np.isnan(table).all(axis=0) if len(table) else np.ones(len(kept), bool)
+        kept = [pair for pair, some in zip(kept, known, strict=True) if some]
+        return cls(codes, kept, columns, start, now), table[:, known]
 
     @property
     def names(self) -> list[str]:
@@ -259,7 +266,7 @@ class EventSummary(TransformerMixin, BaseEstimator):
         self.plans_ = {}
         for column in self.columns_:
             records = read_records(X[column], ("time", "code"))
-            self.plans_[column] = SummaryPlan.learn(
+            self.plans_[column], _ = SummaryPlan.learn(
                 records, event_values(records), self.max_codes, self.now, self.windows,
                 self.statistics,
             )  # fmt: skip

@@ -93,13 +93,14 @@ class Events(Modality):
     def _learn(self, cells):
         records = read_records(self._only(cells), ("time", "code"))
         values = event_values(records)
-        self.plan_ = SummaryPlan.learn(records, values, self.max_codes, self.now, self.windows)
+        self.plan_, table = SummaryPlan.learn(
+            records, values, self.max_codes, self.now, self.windows
+        )
         self.codes_ = self.plan_.codes
         self.time_scale_ = _scale_of(self.now - records.time)
         code = code_ids(records, self.codes_)
         self.value_scale_ = _scale_by_code(code, values, len(self.codes_))
         if self.summary:
-            table = self.plan_.table(records, values)
             self.summary_scale_ = RobustScale.learn(table)
             known = self._only(cells).notna().to_numpy()
             self.features_ = numeric_features(

@@ -337,6 +337,19 @@ class Take(TransformerMixin, BaseEstimator):
         return True
 
 
+class KnownColumns(TransformerMixin, BaseEstimator):
+    """The columns of a frame that hold anything in fit: boosted trees may refuse the others."""
+
+    def fit(self, X, y=None):
+        """Learn which columns hold anything."""
+        self.columns_ = list(X.columns[X.notna().any()])
+        return self
+
+    def transform(self, X):
+        """Those columns."""
+        return X[self.columns_]
+
+
 class PerTask(ClassifierMixin, BaseEstimator):
     """One copy of a classifier per task, each fitted to the rows whose label is known.
 

@@ -6,7 +6,8 @@ section shows.
 
 # ruff: isort: off
 from _common import (
-    Cohort, PerTask, Store, Take, finish, one_split, parse, parser, row, two_folders,
+    Cohort, KnownColumns, PerTask, Store, Take, finish, one_split, parse, parser, row,
+    two_folders,
 )  # fmt: skip  (first: it sets the number of threads)
 import _eicu
 # ruff: isort: on
@@ -59,6 +60,7 @@ def trees(seed, windows=0):
     """Boosted trees on summary features: the rival that every table here has."""
     return make_pipeline(
         EventSummary(windows=windows),
+        KnownColumns(),
         HistGradientBoostingClassifier(
             learning_rate=0.03, max_iter=300, max_leaf_nodes=15, min_samples_leaf=30,
             l2_regularization=1.0, max_features=0.3, random_state=seed,
@@ -266,8 +268,10 @@ def _distances(args, worlds, strengths, sizes):
             for name, model in models.items():
                 cohort.run(name, lambda seed, m=model: m, [world])
                 p = cohort.proba[name][0, sizes[0] :, 0]
-                excess, squared = _distance(data.oracle[sizes[0] :], p)
-                found.append((world, strength, name, excess, squared))
+                found.append((world, strength, name, *_distance(data.oracle[sizes[0] :], p)))
+            # What looking away from the pattern costs at the least.
+            blind = _distance(data.oracle[sizes[0] :], data.oracle_no_pattern[sizes[0] :])
+            found.append((world, strength, "oracle without the pattern", *blind))
     columns = ["world", "strength", "model", "excess_log_loss", "squared_distance"]
     return _distance_rows(pd.DataFrame(found, columns=columns), sizes[1])
 

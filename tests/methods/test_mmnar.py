@@ -163,7 +163,7 @@ def test_rectified_model_is_a_classifier(cohort, modalities, rectifier):
 
 
 def test_rectifier_rows_are_not_those_of_the_network(cohort, modalities):
-    """Leak 1 of the release: the correction was fitted on rows that the network, or the score, saw."""
+    """Leak 1 of the release: the correction was fitted on rows that the network or score saw."""
     seen = []
 
     class Spy(Tabular):
@@ -193,7 +193,7 @@ def test_labels_of_test_rows_move_nothing(cohort, modalities):
 
 
 def test_other_test_rows_move_nothing(cohort, modalities):
-    """Leak 3: the correction was weighted by the test set, so a row's risk hung on its neighbours."""
+    """Leak 3: the test set weighted the correction, so a row's risk hung on its neighbours."""
     clf = MMNARFusionClassifier(modalities, **FAST, rectifier="holdout")
     clf.fit(cohort.X[:180], cohort.y[:180])
     whole = clf.predict_proba(cohort.X[180:])

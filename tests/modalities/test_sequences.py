@@ -48,7 +48,7 @@ def test_statistics_by_hand():
     assert row["course__shock__time_since"] == 3
     assert "course__shock__last" not in table  # it never carried a value
     assert table.filter(like="count").iloc[1].tolist() == [0, 0, 0]
-    assert np.isnan(table.loc[3, "course__BP__slope"])
+    assert np.isnan(table.loc[3, "course__HR__slope"])
     assert list(table) == list(EventSummary().fit(frame(CELLS)).get_feature_names_out())
 
 
@@ -70,8 +70,12 @@ def test_statistics_equal_those_of_pandas(rows):
     X = frame(cells)
     table = EventSummary().fit(X).transform(X)
     long = long.sort_values("time", kind="stable")
+    nothing = pd.Series(np.nan, index=table.index)  # left out where no row has it
     for (row, code), part in long.groupby(["row", "code"]):
-        got = {name: table.loc[row, f"course__{code}__{name}"] for name in ("last", "sd", "slope")}
+        got = {
+            name: table.get(f"course__{code}__{name}", nothing)[row]
+            for name in ("last", "sd", "slope")
+        }
         assert got["last"] == part["value"].iloc[-1]
         sd = part["value"].std()
         assert got["sd"] == pytest.approx(sd, nan_ok=True, abs=1e-5)
@@ -235,3 +239,11 @@ def test_window_means_by_hand():
     late = frame([[event(-99.0, "HR", 1.0), event(-1.0, "HR", 5.0), event(0.0, "HR", 3.0)]])
     fitted = EventSummary(statistics=("last",), windows=2).fit(frame(cells))
     np.testing.assert_allclose(fitted.transform(late), [[3, 1, 4, 4, 3, 5]])  # outside: the ends
+
+
+def test_numbers_that_no_training_row_has_are_left_out():
+    single = frame([[event(-1.0, "HR", 80.0)]] * 3)  # one value a row: no spread, no slope
+    names = list(EventSummary().fit_transform(single))
+    assert "course__HR__last" in names
+    assert "course__HR__sd" not in names
+    assert "course__HR__slope" not in names

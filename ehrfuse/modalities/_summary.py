@@ -13,6 +13,11 @@ from ehrfuse.modalities._streams import Records, read_records
 
 STATISTICS = ("last", "mean", "min", "max", "sd", "first", "count", "slope", "time_since")
 RECENT = ("recent_mean", "recent_min", "recent_max")
+DIFFERENCES = {
+    "last_minus_first": ("last", "first"),
+    "last_minus_mean": ("last", "mean"),
+    "recent_minus_mean": ("recent_mean", "mean"),
+}
 TIMELESS = ("count", "time_since")  # what a code without values still has
 
 
@@ -55,7 +60,7 @@ class SummaryPlan:
         Places in `codes` and in `columns` of the numbers that can carry information.
     columns : list of str
         Statistics, then the mean of every time window, the earliest first, then those of the last
-        half window.
+        half window and the differences.
     start, now : float
         The windows divide the time between them into equal parts.
     """
@@ -75,7 +80,7 @@ class SummaryPlan:
         """
         codes, valued = learn_codes(records, values, max_codes)
         windows = [f"mean_{w}of{n_windows}" for w in range(1, n_windows + 1)]
-        windows += list(RECENT) if n_windows else []
+        windows += [*RECENT, *DIFFERENCES] if n_windows else []
         columns = [*STATISTICS, *windows]
         kept = [
             (j, columns.index(name))
@@ -113,8 +118,8 @@ class SummaryPlan:
         return full[:, [j for j, _ in self.kept], [k for _, k in self.kept]]
 
     def _windows(self, full, key, time, values):
-        """Mean of every window; mean, lowest and highest of the last half window."""
-        n_windows = len(self.columns) - len(STATISTICS) - len(RECENT)
+        """Mean of every window; mean, lowest and highest of the last half window; differences."""
+        n_windows = len(self.columns) - len(STATISTICS) - len(RECENT) - len(DIFFERENCES)
         if n_windows <= 0:
             return
         width = max(self.now - self.start, 1e-6) / n_windows
@@ -135,7 +140,11 @@ class SummaryPlan:
                 np.minimum.reduceat(values, starts),
                 np.maximum.reduceat(values, starts),
             )
-            full[key[starts], first + n_windows :] = np.stack(found, 1)
+            place = self.columns.index(RECENT[0])
+            full[key[starts], place : place + len(RECENT)] = np.stack(found, 1)
+        for name, (one, other) in DIFFERENCES.items():
+            one, other = self.columns.index(one), self.columns.index(other)
+            full[:, self.columns.index(name)] = full[:, one] - full[:, other]
 
 
 def _ends(starts, n):
@@ -188,7 +197,8 @@ class EventSummary(TransformerMixin, BaseEstimator):
         Keep at most this many codes a column, the most frequent in `fit`.
     windows : int, default=0
         Add the mean of every one of so many equal time windows between the earliest training event
-        and `now`, and the mean, lowest and highest value of the last half window.
+        and `now`; the mean, lowest and highest value of the last half window; and how far the last
+        value, and that recent mean, are from the first value and the mean of all.
     now : float, default=0.0
         Time that `time_since` is measured from, in the unit of the events.
     remainder : {"passthrough", "drop"}, default="passthrough"

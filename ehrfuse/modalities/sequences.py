@@ -33,8 +33,8 @@ class Events(Modality):
     summary : bool, default=True
         Give a token of summary statistics per code (those of `EventSummary`).
     windows : int, default=4
-        The summary also has the mean of every one of so many equal time windows, and the mean,
-        lowest and highest value of the last half window.
+        The summary also has the mean of every one of so many equal time windows, and what
+        `EventSummary` adds with them.
     stream : bool, default=True
         Give a token pooled over the raw events.
     max_events : int, default=512

@@ -232,13 +232,26 @@ def test_window_means_by_hand():
         [event(-4.0, "HR", 50.0)],
     ]
     table = EventSummary(statistics=("last",), windows=2).fit_transform(frame(cells))
-    names = ["last", "mean_1of2", "mean_2of2", "recent_mean", "recent_min", "recent_max"]
-    assert list(table) == [f"course__HR__{name}" for name in names]
-    nan = np.nan
-    np.testing.assert_allclose(table, [[90, 65, 90, 90, 90, 90], [50, nan, 50, nan, nan, nan]])
+    assert list(table) == [
+        f"course__HR__{name}"
+        for name in (
+            "last", "mean_1of2", "mean_2of2", "recent_mean", "recent_min", "recent_max",
+            "last_minus_first", "last_minus_mean", "recent_minus_mean",
+        )
+    ]  # fmt: skip
+    nan, mean = np.nan, (60 + 70 + 90) / 3
+    np.testing.assert_allclose(
+        table,
+        [
+            [90, 65, 90, 90, 90, 90, 30, 90 - mean, 90 - mean],
+            [50, nan, 50, nan, nan, nan, 0, 0, nan],
+        ],
+        rtol=1e-5,
+    )
     late = frame([[event(-99.0, "HR", 1.0), event(-1.0, "HR", 5.0), event(0.0, "HR", 3.0)]])
     fitted = EventSummary(statistics=("last",), windows=2).fit(frame(cells))
-    np.testing.assert_allclose(fitted.transform(late), [[3, 1, 4, 4, 3, 5]])  # outside: the ends
+    outside = fitted.transform(late)  # what lies outside counts as the ends
+    np.testing.assert_allclose(outside, [[3, 1, 4, 4, 3, 5, 2, 0, 1]], atol=1e-6)
 
 
 def test_numbers_that_no_training_row_has_are_left_out():

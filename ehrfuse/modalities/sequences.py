@@ -35,8 +35,9 @@ class Events(Modality):
     windows : int, default=4
         The summary also has the mean of every one of so many equal time windows, and what
         `EventSummary` adds with them.
-    stream : bool, default=True
-        Give a token pooled over the raw events.
+    stream : bool, default=False
+        Give a token pooled over the raw events as well. It costs two to three times the fit and
+        changed nothing on 4,000 intensive-care stays; try it where the order of events matters.
     max_events : int, default=512
         The raw stream keeps the latest events of a row; the summary reads all.
     max_codes : int, default=200
@@ -63,7 +64,7 @@ class Events(Modality):
         now=0.0,
         summary=True,
         windows=4,
-        stream=True,
+        stream=False,
         max_events=512,
         max_codes=200,
         n_bins=8,

@@ -126,7 +126,7 @@ def test_slices_chunks_and_dictionaries_of_arrow():
 
 
 def test_unknown_codes_are_left_out_and_equal_times_keep_their_order():
-    fitted = Events("course").fit(frame([[event(-1.0, "HR", 80.0)]]))
+    fitted = Events("course", stream=True).fit(frame([[event(-1.0, "HR", 80.0)]]))
     cell = [event(-1.0, "new", 1.0), event(-1.0, "HR", 70.0), event(-1.0, "HR", 75.0)]
     block = fitted.transform(frame([cell]))
     values, _ = block.ragged["value"]
@@ -136,14 +136,14 @@ def test_unknown_codes_are_left_out_and_equal_times_keep_their_order():
 
 def test_the_latest_events_are_kept():
     cells = [[event(float(-t), "HR", float(t)) for t in range(10)]]
-    block = Events("course", max_events=3).fit(frame(cells)).transform(frame(cells))
+    block = Events("course", max_events=3, stream=True).fit(frame(cells)).transform(frame(cells))
     time, offsets = block.ragged["time"]
     assert offsets.tolist() == [0, 3]
     np.testing.assert_allclose(time * 9, [2, 1, 0], atol=1e-6)
 
 
 def test_absent_rows_have_no_events():
-    fitted = Events("course").fit(frame(CELLS))
+    fitted = Events("course", stream=True).fit(frame(CELLS))
     block = fitted.transform(frame(CELLS))
     _, offsets = block.ragged["code"]
     assert np.diff(offsets).tolist() == [3, 0, 0, 1]
@@ -178,7 +178,7 @@ def test_wrong_options_are_explained():
     with pytest.raises(ValueError, match="time_unit='years' is not known; choose one of 'h'"):
         Events("course", time_unit="years").fit(frame(CELLS))
     with pytest.raises(ValueError, match="reads nothing"):
-        Events("course", summary=False, stream=False).fit(frame(CELLS))
+        Events("course", summary=False).fit(frame(CELLS))
     with pytest.raises(ValueError, match=r"statistics.*median.*not known"):
         EventSummary(statistics=("median",)).fit(frame(CELLS))
 

@@ -217,7 +217,7 @@ def _peak(name, n, seed):
     rng = np.random.default_rng(seed)
     X = pd.DataFrame(_random(rng, n, COLUMNS), columns=[f"c{j}" for j in range(COLUMNS)])
     y = (rng.random(n) < 0.3).astype(int)
-    modalities = {"table": Tabular(list(X.columns), n_bins=int(__import__("os").environ.get("NB","2")))}
+    modalities = {"table": Tabular(list(X.columns), n_bins=2)}
     vectors = {vector: _vectors(rng, n, width) for vector, width in VECTORS.items()}
     X = pd.concat([X, pd.DataFrame(vectors)], axis=1)
     modalities |= {vector: Embedding(vector) for vector in VECTORS}

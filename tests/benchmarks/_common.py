@@ -337,17 +337,32 @@ class Take(TransformerMixin, BaseEstimator):
         return True
 
 
-class KnownColumns(TransformerMixin, BaseEstimator):
-    """The columns of a frame that hold anything in fit: boosted trees may refuse the others."""
+class FilledAtRandom(TransformerMixin, BaseEstimator):
+    """Null cells replaced by those of a random training row, column by column (hot deck).
+
+    Parameters
+    ----------
+    random_state : int
+    """
+
+    def __init__(self, random_state=0):
+        self.random_state = random_state
 
     def fit(self, X, y=None):
-        """Learn which columns hold anything."""
-        self.columns_ = list(X.columns[X.notna().any()])
+        """Keep the cells that are there."""
+        self.cells_ = {c: X[c].dropna().to_numpy(dtype=object) for c in X}
         return self
 
     def transform(self, X):
-        """Those columns."""
-        return X[self.columns_]
+        """A frame without nulls."""
+        rng = np.random.default_rng(self.random_state)
+        return X.assign(**{c: self._fill(X[c], cells, rng) for c, cells in self.cells_.items()})
+
+    def _fill(self, column, cells, rng):
+        holes = np.flatnonzero(column.isna())
+        filled = column.to_numpy(dtype=object, copy=True)
+        filled[holes] = cells[rng.integers(len(cells), size=len(holes))]
+        return pd.Series(filled, index=column.index).infer_objects()
 
 
 class PerTask(ClassifierMixin, BaseEstimator):
@@ -419,7 +434,9 @@ def show(rows):
 def _cell(r):
     metric = r["metric"].removesuffix("_difference")
     sign = "+" if metric != r["metric"] else ""
-    value = "-" if r["mean"] is None else f"{r['mean']:{sign}.4f}"
-    sd = "" if r["sd"] is None else f" sd {r['sd']:.4f}"
-    interval = "" if r["lo"] is None else f" [{r['lo']:{sign}.4f}, {r['hi']:{sign}.4f}]"
-    return f"{metric} {value}{sd}{interval}"
+    known = [abs(r[key]) for key in ("mean", "lo", "hi") if r[key] is not None]
+    digits = 5 if max(known, default=1) < 0.02 else 4
+    value = "-" if r["mean"] is None else f"{r['mean']:{sign}.{digits}f}"
+    sd = "" if r["sd"] is None else f" sd {r['sd']:.{digits}f}"
+    ends = [f"{r[key]:{sign}.{digits}f}" for key in ("lo", "hi") if r[key] is not None]
+    return f"{metric} {value}{sd}" + (f" [{', '.join(ends)}]" if ends else "")

@@ -4,11 +4,12 @@ Run ``python tests/benchmarks/accuracy_mmnar.py --help`` for the options; README
 section shows.
 """
 
+# First of all: it sets the number of threads.
 # ruff: isort: off
 from _common import (
-    Cohort, KnownColumns, PerTask, Store, Take, finish, one_split, parse, parser, row,
+    Cohort, FilledAtRandom, PerTask, Store, Take, finish, one_split, parse, parser, row,
     two_folders,
-)  # fmt: skip  (first: it sets the number of threads)
+)  # fmt: skip
 import _eicu
 # ruff: isort: on
 
@@ -60,7 +61,6 @@ def trees(seed, windows=0):
     """Boosted trees on summary features: the rival that every table here has."""
     return make_pipeline(
         EventSummary(windows=windows),
-        KnownColumns(),
         HistGradientBoostingClassifier(
             learning_rate=0.03, max_iter=300, max_leaf_nodes=15, min_samples_leaf=30,
             l2_regularization=1.0, max_features=0.3, random_state=seed,
@@ -262,6 +262,11 @@ def _distances(args, worlds, strengths, sizes):
                     data.modalities, pattern=False, random_state=world
                 ),
                 FUSION: FusionClassifier(data.modalities, random_state=world),
+                # Nothing that it reads tells a cell that was there from one that was not.
+                f"{FUSION}(blind: holes filled at random)": make_pipeline(
+                    FilledAtRandom(random_state=world),
+                    FusionClassifier(data.modalities, random_state=world),
+                ),
             }
             name, y, splits = f"make_ehr/{strength}", pd.Series(data.y), one_split(*sizes)
             cohort = Cohort(name, "y", data.X, y, None, splits, store)

@@ -470,6 +470,8 @@ class MMNARFusionClassifier(_MMNAR, TorchClassifier):
         -------
         self : estimator
         """
+        for left_over in ("rectifier_", "module_", "history_", "n_iter_"):
+            vars(self).pop(left_over, None)  # a fit with a rectifier leaves others than one without
         if self.rectifier is None:
             return super().fit(X, y, sample_weight, X_val=X_val, y_val=y_val)
         if X_val is not None:

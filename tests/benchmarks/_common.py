@@ -1,6 +1,7 @@
 """What the benchmark scripts share: arguments, folds kept on disk, scores, rows and tables."""
 
 import argparse
+import ast
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import platform
 import sys
 import time
 import warnings
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import pandas as pd
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin, clone
 
+import ehrfuse
 from ehrfuse.evaluation import METRICS, bootstrap_scores, paired_difference
 
 METRIC_NAMES = ("auroc", "auprc", "brier")
@@ -82,7 +85,7 @@ def _processor():
 class Store:
     """Predictions of finished folds, one .npz each, so that a rerun computes only what is absent.
 
-    A file counts only if the model's parameters, the rows and the package version are those that
+    A file counts only if the model's parameters, the rows and the package's code are those that
     it was made with; otherwise the fold is computed again.
 
     Parameters
@@ -121,12 +124,28 @@ def _digest(stamp):
 
 
 def stamp_of(model, content, *rows):
-    """What a prediction depends on: every parameter at any depth, the data, and the version."""
+    """What a prediction depends on: every parameter at any depth, the data, and the code."""
     params = sorted(model.get_params(deep=True).items())
     told = [(key, repr(value)) for key, value in params if not hasattr(value, "get_params")]
     kinds = [(key, type(value).__name__) for key, value in params if hasattr(value, "get_params")]
     found = [hashlib.blake2b(np.ascontiguousarray(r)).hexdigest() for r in rows]
-    return type(model).__name__, told, kinds, content, found, version("ehrfuse")
+    return type(model).__name__, told, kinds, content, found, _code()
+
+
+@cache
+def _code():
+    """Digest of the package's code without its docstrings and comments."""
+    digest = hashlib.blake2b()
+    for path in sorted(Path(ehrfuse.__file__).parent.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False):
+                node.body[0].value.value = ""
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()
+
+
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 
 
 # ---------------------------------------------------------------- out-of-fold predictions

@@ -136,10 +136,9 @@ def _p12_models(args, cohort):
         parts = {n: parts[n] for n in parts if n.endswith(("(no pattern)", "(rectifier holdout)"))}
     if args.raw_stream:
         parts[f"{MMNAR}(raw stream)"] = network(MMNARFusionClassifier, _p12_modalities(stream=True))
-    others = {
-        f"{TREES} other seed": lambda seed: trees(seed + 1000),
-        "stacking with trees": lambda seed: _stacking(modalities, seed),
-    }
+    others = {f"{TREES} other seed": lambda seed: trees(seed + 1000)}
+    if not args.quick:
+        others["stacking with trees"] = lambda seed: _stacking(modalities, seed)
     for name, make in (rivals | parts | others).items():
         cohort.run(name, make, args.seeds)
     cohort.average("average with trees", MMNAR, TREES)
@@ -268,7 +267,8 @@ def _distances(args, worlds, strengths, sizes):
                     FusionClassifier(data.modalities, random_state=world),
                 ),
             }
-            name, y, splits = f"make_ehr/{strength}", pd.Series(data.y), one_split(*sizes)
+            name = f"make_ehr/{sizes[0]}/{strength}"
+            y, splits = pd.Series(data.y), one_split(*sizes)
             cohort = Cohort(name, "y", data.X, y, None, splits, store)
             for name, model in models.items():
                 cohort.run(name, lambda seed, m=model: m, [world])

@@ -41,16 +41,18 @@ COLUMNS = 5_000
 VECTORS = {"note": 768, "report": 768, "film": 1376}  # widths of precomputed embeddings
 BATCH = 256
 CPU = torch.device("cpu")
+MMNAR = "MMNARFusionClassifier"
 
 
 def main():
     """Run the sections asked for and print one table."""
     options = parser(__doc__.splitlines()[0], SECTIONS)
     options.add_argument("--peak-of", help="internal: fit this class and print the memory it took")
-    options.add_argument("--rows", type=int, help="internal: rows of the fit")
+    options.add_argument("--rows", type=int, default=1000, help="internal: rows of the fit")
+    options.add_argument("--bins", type=int, default=8, help="internal: bins of the table")
     args = parse(options)
     if args.peak_of:
-        print(json.dumps(_peak(args.peak_of, args.rows, args.seeds[0])))
+        print(json.dumps(_peak(args.peak_of, args.rows, args.bins, args.seeds[0])))
         return
     run = {"batches": batches, "memory": memory, "text": text}
     finish(args, [r for section in args.only for r in run[section](args)])
@@ -207,31 +209,32 @@ def memory(args):
     """Peak memory of a fit above the import baseline, over the bytes of the frame."""
     n = 4_000 if args.quick else 20_000
     rows = []
-    for name in ("FusionClassifier", "MMNARFusionClassifier"):
+    for name, bins in (("FusionClassifier", 2), (MMNAR, 2), (MMNAR, 8)):
         command = [sys.executable, __file__, "--peak-of", name, "--rows", str(n)]
-        command += ["--seed", str(args.seeds[0])]
+        command += ["--bins", str(bins), "--seed", str(args.seeds[0])]
         out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         found = json.loads(out.splitlines()[-1])
         ratio = found["peak"] / found["input"]
+        size, name = found["input"] / 2**20, f"{name}(n_bins={bins})"
         rows.append(_line("memory of a fit", name, "memory_ratio", ratio, n, args))
-        rows.append(_line("memory of a fit", name, "input_mb", found["input"] / 2**20, n, args))
+        rows.append(_line("memory of a fit", name, "input_mb", size, n, args))
     return rows
 
 
-def _peak(name, n, seed):
+def _peak(name, n, bins, seed):
     """Fit in this process; bytes of the frame, and of the peak above the process after import."""
     baseline = _status("VmRSS")
     rng = np.random.default_rng(seed)
     X = pd.DataFrame(_random(rng, n, COLUMNS), columns=[f"c{j}" for j in range(COLUMNS)])
     y = (rng.random(n) < 0.3).astype(int)
-    modalities = {"table": Tabular(list(X.columns), n_bins=2)}
+    modalities = {"table": Tabular(list(X.columns), n_bins=bins)}
     vectors = {vector: _vectors(rng, n, width) for vector, width in VECTORS.items()}
     X = pd.concat([X, pd.DataFrame(vectors)], axis=1)
     modalities |= {vector: Embedding(vector) for vector in VECTORS}
     size = int(X.memory_usage(index=False, deep=True).sum())
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of making the frame
-    kind = {"FusionClassifier": FusionClassifier, "MMNARFusionClassifier": MMNARFusionClassifier}
-    model = kind[name](
+    kind = MMNARFusionClassifier if name == MMNAR else FusionClassifier
+    model = kind(
         modalities, d_model=8, n_members=1, max_epochs=1, batch_size=BATCH, random_state=seed
     )
     model.fit(X, y)

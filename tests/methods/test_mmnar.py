@@ -203,6 +203,15 @@ def test_other_test_rows_move_nothing(cohort, modalities):
     np.testing.assert_allclose(clf.predict_proba(changed)[:20], whole[:20], atol=1e-9)
 
 
+def test_a_second_fit_forgets_the_first(cohort, modalities):
+    clf = MMNARFusionClassifier(modalities, **FAST, rectifier="holdout").fit(cohort.X, cohort.y)
+    clf.set_params(rectifier=None).fit(cohort.X, cohort.y)
+    fresh = MMNARFusionClassifier(modalities, **FAST).fit(cohort.X, cohort.y)
+    np.testing.assert_array_equal(clf.predict_proba(cohort.X), fresh.predict_proba(cohort.X))
+    clf.set_params(rectifier="holdout").fit(cohort.X, cohort.y)
+    assert not hasattr(clf, "module_")
+
+
 def test_validation_rows_cannot_meet_a_rectifier(cohort, modalities):
     clf = MMNARFusionClassifier(modalities, **FAST, rectifier="holdout")
     with pytest.raises(ValueError, match="X_val cannot be combined with a rectifier"):

@@ -70,7 +70,7 @@ class TableEncoder(nn.Module):
         """All features of a row side by side: (b, f)."""
         parts = [self.numbers(x["values"])] if "values" in x else []
         parts += [table(x["codes"][:, j]) for j, table in enumerate(self.tables)]
-        features = self._hide_columns(torch.cat(parts, 1))
+        features = self._hide_columns(torch.cat(parts, 1) if len(parts) > 1 else parts[0])
         return features if features.shape[1] else features.new_zeros(len(features), 1)
 
     def _hide_columns(self, features: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class TableEncoder(nn.Module):
             return features
         keep = 1 - self.column_dropout
         shown = torch.rand(len(features), self.n_columns, device=features.device) < keep
-        return features * shown[:, self.column] / keep
+        return features.mul_(shown[:, self.column]).div_(keep)
 
     def forward(self, x: dict[str, Tensor]) -> Tokens:
         hidden = self.first(self.features(x)).view(-1, self.n_outputs)

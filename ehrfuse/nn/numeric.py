@@ -62,14 +62,15 @@ class NumericFeatures(nn.Module):
         """Set `center` to the mean features of training rows (n, p), at most `max_rows` of them."""
         self.center.zero_()
         table = table[:: max(1, len(table) // max_rows)]
-        rows_at_once = max(1, 2**22 // max(1, len(self.center)))
+        rows_at_once = max(1, 2**18 // max(1, len(self.center)))
         total = torch.stack([self(part).sum(0) for part in table.split(rows_at_once)]).sum(0)
         self.center.copy_(total / max(1, len(table)))
 
     def forward(self, x: Tensor) -> Tensor:
         missing = x.isnan()
         x = x.nan_to_num(0.0)
-        share = ((x[:, self.bin_column] - self.low) / self.width).clamp(0, 1)
-        share = share.masked_fill(missing[:, self.bin_column], 0.0)
+        # In place: on a table of thousands of columns every copy counts.
+        share = x[:, self.bin_column].sub_(self.low).div_(self.width).clamp_(0, 1)
+        share.masked_fill_(missing[:, self.bin_column], 0.0)
         flags = missing[:, self.flags].to(x.dtype)
-        return torch.cat([smooth_clip(x), share, flags], 1) - self.center
+        return torch.cat([smooth_clip(x), share, flags], 1).sub_(self.center)

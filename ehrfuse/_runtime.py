@@ -58,6 +58,6 @@ def import_optional(name: str, extra: str) -> ModuleType:
 
 def check_option(value: Any, name: str, options: Sequence[Any]) -> None:
     """Raise unless `value` is one of `options`."""
-    if not any(value is option or (value == option and value is not None) for option in options):
+    if not any(type(value) is type(option) and value == option for option in options):
         allowed = ", ".join(repr(option) for option in options)
         raise ValueError(f"{name}={value!r} is not known; choose one of {allowed}.")

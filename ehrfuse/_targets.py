@@ -40,6 +40,11 @@ class ClassTarget:
 
     def __init__(self, y, class_weight=None):
         y = column_or_1d(y, warn=True)
+        if y.dtype.kind == "f" and np.isnan(y).any():
+            raise ValueError(
+                f"Input y contains NaN: {int(np.isnan(y).sum())} labels are unknown; leave those "
+                "rows out (unknown labels are allowed where y has several tasks)."
+            )
         assert_all_finite(y, input_name="y")
         check_classification_targets(y)
         self.classes = np.unique(y)
@@ -128,12 +133,15 @@ class TaskTarget:
         self.start = np.log(odds).astype("float32")
 
     def _warn_constant(self, known):
-        if not known.any():
-            raise ValueError("y holds no known label at all; at least one row needs a class.")
+        empty = [name for name, n in zip(self.task_names, known, strict=True) if not n]
+        if empty:
+            raise ValueError(
+                f"Tasks {empty} have no known label at all; leave them out, or at least one row "
+                "needs a class."
+            )
         for j in np.flatnonzero(~np.isnan(self.constant)):
-            got = "no known label" if not known[j] else "one class only"
             warnings.warn(
-                f"Task {self.task_names[j]!r} has {got} among the training rows; its rate "
+                f"Task {self.task_names[j]!r} has one class only among the training rows; its rate "
                 f"{self.constant[j]:.0f} is predicted for every row.",
                 UserWarning,
                 stacklevel=2,
@@ -154,7 +162,9 @@ class TaskTarget:
         bad = y[~(np.isnan(y) | (y == 0) | (y == 1))]
         if len(bad):
             raise ValueError(
-                f"y of several tasks must hold 0, 1 or NaN (unknown class), got {bad[0]:g}."
+                f"y of several tasks must hold 0, 1 or NaN (unknown class), got {bad[0]:g}. If NaN "
+                "was in y, cross_val_predict has numbered it as a class: use "
+                "evaluation.out_of_fold instead."
             )
         if y.shape[1] != len(self.task_names):
             raise ValueError(f"y has {y.shape[1]} tasks, fit had {len(self.task_names)}.")

@@ -162,6 +162,12 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
         entries = {name: params.pop(name) for name in self._named() if name in params}
         if entries:
             self.modalities = self.modalities | entries  # a new dict; the caller's stays as it is
+        for name in params:
+            if _dropped(self._named().get(name.partition("__")[0])):
+                raise ValueError(
+                    f"{name!r} cannot be set while that modality is 'drop'; in a search, give a "
+                    "list of two grids, one for 'drop' and one with its parameters."
+                )
         return super().set_params(**params)
 
     def _check_params(self):
@@ -270,6 +276,11 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
         """The modalities of this fit, by name; says what is wrong in the user's words."""
         if self.groups is not None and self.groups not in X.columns:
             raise ValueError(f"groups={self.groups!r} is no column of X; it must name one.")
+        if self.groups is not None and X[self.groups].isna().any():
+            raise ValueError(
+                f"Column {self.groups!r} (groups) has {int(X[self.groups].isna().sum())} nulls; "
+                "every row needs its patient, or rows of one patient could be split."
+            )
         if self.modalities is None:
             return {"table": Tabular(self._undeclared_columns(X))}
         if not isinstance(self.modalities, dict):

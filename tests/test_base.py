@@ -405,3 +405,15 @@ def test_gpu_agrees_with_cpu(cohort, modalities):
     gpu = FusionClassifier(modalities, **FAST).fit(cohort.X, cohort.y)
     p = gpu.predict_proba(cohort.X)
     np.testing.assert_allclose(gpu.set_params(device="cpu").predict_proba(cohort.X), p, atol=1e-4)
+
+
+def test_patients_without_a_name_are_refused(cohort, modalities):
+    X = cohort.X.copy()
+    X["subject_id"] = X["subject_id"].astype("Int64").where(np.arange(120) > 2)
+    refuse(r"'subject_id' \(groups\) has 3 nulls", X, cohort.y, modalities, groups="subject_id")
+
+
+def test_parameters_of_a_dropped_modality_are_explained(cohort, modalities):
+    clf = FusionClassifier(modalities, **FAST)
+    with pytest.raises(ValueError, match="cannot be set while that modality is 'drop'"):
+        clf.set_params(vitals="drop", vitals__n_bins=3)

@@ -113,7 +113,7 @@ def test_values_come_back_in_their_unit():
         ([0.1, 0.7, 0.3], "Unknown label type"),
         ([[0, 2], [1, 0]], r"must hold 0, 1 or NaN \(unknown class\), got 2"),
         ([["a", "b"], ["b", "a"]], "must hold 0, 1 or NaN"),
-        ([[np.nan, np.nan], [np.nan, np.nan]], "no known label at all"),
+        ([[np.nan, np.nan], [np.nan, np.nan]], r"Tasks \['0', '1'\] have no known label at all"),
     ],
 )
 def test_bad_y_is_explained(y, message):

@@ -1,6 +1,7 @@
 """Honest evaluation of any scikit-learn estimator on data with missing modalities."""
 
 from ehrfuse.evaluation.displays import MissingPatternDisplay
+from ehrfuse.evaluation.folds import out_of_fold
 from ehrfuse.evaluation.metrics import (
     METRICS,
     bootstrap_scores,
@@ -15,6 +16,7 @@ __all__ = [
     "MissingPatternDisplay",
     "bootstrap_scores",
     "masked_scorer",
+    "out_of_fold",
     "outcome_by_pattern",
     "paired_difference",
     "presence_informativeness",

@@ -95,9 +95,9 @@ class FusionClassifier(_Fusion, TorchClassifier):
     class_weight : dict, "balanced" or None, default=None
         Weights of the classes in the loss; probabilities shift with them.
     pretrained, freeze, max_epochs, batch_size, lr, weight_decay, patience : optional
-        See `TorchEstimator`.
+        See `ehrfuse.base.TorchEstimator`.
     validation_fraction, groups, memory, amp, random_state, device, verbose : optional
-        See `TorchEstimator`.
+        See `ehrfuse.base.TorchEstimator`.
 
     Attributes
     ----------
@@ -177,9 +177,9 @@ class FusionRegressor(_Fusion, TorchRegressor):
     dropout : float, default=0.2
         Before the last layer.
     pretrained, freeze, max_epochs, batch_size, lr, weight_decay, patience : optional
-        See `TorchEstimator`.
+        See `ehrfuse.base.TorchEstimator`.
     validation_fraction, groups, memory, amp, random_state, device, verbose : optional
-        See `TorchEstimator`.
+        See `ehrfuse.base.TorchEstimator`.
 
     Attributes
     ----------

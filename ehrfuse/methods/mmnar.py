@@ -15,6 +15,7 @@ from sklearn.utils import check_scalar
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
+from ehrfuse._runtime import check_option
 from ehrfuse.base import TorchClassifier, TorchEncoder, with_progress
 from ehrfuse.nn.attention import TransformerBlock
 from ehrfuse.nn.core import Core
@@ -224,9 +225,9 @@ class MMNARPretrainer(_MMNAR, TorchEncoder):
         Unused rows of a modality while training, as a share.
     dropout : float, default=0.1
     pretrained, freeze, max_epochs, batch_size, lr, weight_decay, patience : optional
-        See `TorchEstimator`.
+        See `ehrfuse.base.TorchEstimator`.
     validation_fraction, groups, memory, amp, random_state, device, verbose : optional
-        See `TorchEstimator`.
+        See `ehrfuse.base.TorchEstimator`.
 
     Attributes
     ----------
@@ -350,9 +351,9 @@ class MMNARFusionClassifier(_MMNAR, TorchClassifier):
     class_weight : dict, "balanced" or None, default=None
         Weights of the classes in the loss; probabilities shift with them.
     pretrained, freeze, max_epochs, batch_size, lr, weight_decay, patience : optional
-        See `TorchEstimator`.
+        See `ehrfuse.base.TorchEstimator`.
     validation_fraction, groups, memory, amp, random_state, device, verbose : optional
-        See `TorchEstimator`.
+        See `ehrfuse.base.TorchEstimator`.
 
     Attributes
     ----------
@@ -487,6 +488,8 @@ class MMNARFusionClassifier(_MMNAR, TorchClassifier):
         return self
 
     def _make_rectifier(self):
+        if not isinstance(self.rectifier, Rectifier):
+            check_option(self.rectifier, "rectifier", ("holdout", "crossfit", None))
         inner = clone(self).set_params(rectifier=None)
         if isinstance(self.rectifier, Rectifier):
             return clone(self.rectifier).set_params(estimator=inner)

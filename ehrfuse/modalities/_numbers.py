@@ -50,7 +50,7 @@ def _parse(column):
     bad = np.flatnonzero((numbers.isna() & column.notna()).to_numpy())
     if len(bad):
         raise ValueError(
-            f"Column {column.name!r} holds numbers, but row {bad[0]} holds "
+            f"Column {column.name!r} is read as numbers, but row {bad[0]} holds "
             f"{describe(column.iloc[bad[0]])}; make it a number or a null cell."
         )
     return numbers.astype("float64")

@@ -22,6 +22,7 @@ class Records:
     offsets: np.ndarray
     fields: dict[str, pa.Array]
     time: np.ndarray
+    column: str = ""
 
     @property
     def row(self) -> np.ndarray:
@@ -30,8 +31,24 @@ class Records:
 
     def number(self, name: str) -> np.ndarray:
         """One field as float32, null as NaN."""
-        field = self.fields[name]
-        return pc.cast(field, pa.float32()).to_numpy(zero_copy_only=False).astype("float32")
+        try:
+            numbers = pc.cast(self.fields[name], pa.float32())
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise ValueError(
+                f"Column {self.column!r} has records whose {name!r} is {self.fields[name].type}; "
+                "it must be a number or null. Put words into the code."
+            ) from error
+        return numbers.to_numpy(zero_copy_only=False).astype("float32")
+
+    def refuse_future(self, now: float) -> None:
+        """Raise where records lie after the prediction: no model may see them."""
+        late = int((self.time > now + 1e-4 * max(1.0, abs(now))).sum())
+        if late:
+            raise ValueError(
+                f"Column {self.column!r} has {late} records after the prediction time (time "
+                f"above now={now:g}, the highest is {self.time.max():g}); leave them out, or set `now` if "
+                "time counts from elsewhere."
+            )
 
     def strings(self, name: str) -> tuple[np.ndarray, list[str]]:
         """One field as integer codes and their dictionary; null is -1."""
@@ -91,12 +108,12 @@ def _in_time_order(column, offsets, fields, clock):
             f"Column {column.name!r} has records whose {clock} is null or not finite; "
             "every record needs one. Put timeless facts into columns of their own."
         )
-    records = Records(offsets, fields, time)
+    records = Records(offsets, fields, time, column.name)
     row = records.row
     if len(time) and ((np.diff(time) < 0) & (np.diff(row) == 0)).any():
         order = np.lexsort((time, row))  # stable: records of equal time keep their order
         taken = {name: field.take(pa.array(order)) for name, field in fields.items()}
-        records = Records(offsets, taken, time[order])
+        records = Records(offsets, taken, time[order], column.name)
     return records
 
 
@@ -124,6 +141,8 @@ def _plain(cell, column, needs):
         cell = cell.to_dict("list")
     if isinstance(cell, Mapping):
         names = list(cell)
+        if not all(np.ndim(cell[name]) for name in names):
+            raise _wrong(column, "one record outside a list", needs)
         if len({len(cell[name]) for name in names}) > 1:
             raise _wrong(column, "a dict of arrays of unequal length", needs)
         cell = [

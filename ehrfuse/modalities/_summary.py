@@ -276,6 +276,7 @@ class EventSummary(TransformerMixin, BaseEstimator):
         self.plans_ = {}
         for column in self.columns_:
             records = read_records(X[column], ("time", "code"))
+            records.refuse_future(self.now)
             self.plans_[column], _ = SummaryPlan.learn(
                 records, event_values(records), self.max_codes, self.now, self.windows,
                 self.statistics,
@@ -302,6 +303,7 @@ class EventSummary(TransformerMixin, BaseEstimator):
             parts = [_tree_ready(X[c]) for c in rest]
         for column in self.columns_:
             records = read_records(X[column], ("time", "code"))
+            records.refuse_future(self.now)
             plan = self.plans_[column]
             names = [f"{column}__{name}" for name in plan.names]
             table = plan.table(records, event_values(records))

@@ -93,6 +93,7 @@ class Events(Modality):
 
     def _learn(self, cells):
         records = read_records(self._only(cells), ("time", "code"))
+        records.refuse_future(self.now)
         values = event_values(records)
         self.plan_, table = SummaryPlan.learn(
             records, values, self.max_codes, self.now, self.windows
@@ -110,6 +111,7 @@ class Events(Modality):
 
     def _read(self, cells, present):
         records = read_records(self._only(cells), ("time", "code"))
+        records.refuse_future(self.now)
         values = event_values(records)
         arrays, ragged = {}, {}
         if self.summary:
@@ -187,6 +189,7 @@ class Visits(Modality):
 
     def _learn(self, cells):
         records = read_records(self._only(cells), ("time",))
+        records.refuse_future(self.now)
         fields = {name: f for name, f in records.fields.items() if name != "time"}
         self.numeric_fields_ = sorted(n for n, f in fields.items() if _is_number(f.type))
         self.code_fields_ = sorted(set(fields) - set(self.numeric_fields_))
@@ -228,6 +231,7 @@ class Visits(Modality):
 
     def _read(self, cells, present):
         records = read_records(self._only(cells), ("time",))
+        records.refuse_future(self.now)
         hidden = ~present[records.row]
         lengths = np.where(present, np.diff(records.offsets), 0)
         places, offsets = records.latest(self.max_visits)

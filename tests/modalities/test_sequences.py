@@ -260,3 +260,26 @@ def test_numbers_that_no_training_row_has_are_left_out():
     assert "course__HR__last" in names
     assert "course__HR__sd" not in names
     assert "course__HR__slope" not in names
+
+
+def test_records_after_the_prediction_are_refused():
+    fitted = Events("course").fit(frame(CELLS))
+    later = frame([[event(5.0, "DEATH")]])
+    for reader in (fitted.transform, Events("course").fit, EventSummary().fit):
+        with pytest.raises(ValueError, match="'course' has 1 records after the prediction time"):
+            reader(later)
+    Events("course", now=6.0).fit(later)
+    visits = pd.DataFrame({"history": pd.Series([[visit(2.0, sbp=120.0)]], dtype=object)})
+    with pytest.raises(ValueError, match="after the prediction time"):
+        Visits("history").fit(visits)
+    Visits("history", now=40.0).fit(visits)
+
+
+def test_slips_of_a_single_record_are_explained():
+    cells = np.empty(1, dtype=object)
+    cells[0] = {"time": -1.0, "code": "HR", "value": 80.0}
+    with pytest.raises(ValueError, match="one record outside a list"):
+        Events("course").fit(pd.DataFrame({"course": pd.Series(cells)}))
+    words = frame([[{"time": -1.0, "code": "HR", "value": "high"}]], arrow=False)
+    with pytest.raises(ValueError, match="'value' is string; it must be a number or null"):
+        Events("course").fit(words)

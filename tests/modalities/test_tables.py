@@ -81,7 +81,7 @@ def test_selector_of_columns(frame):
 def test_number_that_turns_into_a_word_is_explained(frame):
     tabular = Tabular(["age"]).fit(frame)
     with pytest.raises(
-        ValueError, match=r"Column 'age' holds numbers, but row 1 holds str of length"
+        ValueError, match=r"Column 'age' is read as numbers, but row 1 holds str of length"
     ):
         tabular.transform(pd.DataFrame({"age": pd.Series([1.0, "unknown"], dtype=object)}))
 

@@ -46,8 +46,8 @@ class Records:
         if late:
             raise ValueError(
                 f"Column {self.column!r} has {late} records after the prediction time (time "
-                f"above now={now:g}, the highest is {self.time.max():g}); leave them out, or set `now` if "
-                "time counts from elsewhere."
+                f"above now={now:g}, the highest is {self.time.max():g}); leave them out, or "
+                "set `now` if time counts from elsewhere."
             )
 
     def strings(self, name: str) -> tuple[np.ndarray, list[str]]:

@@ -41,7 +41,7 @@ def test_several_tasks_with_unknown_labels():
     data = make_ehr(n_samples=90, n_tasks=2, label_missing=0.2, random_state=0, as_bunch=True)
     clf = FusionClassifier({"vitals": data.modalities["vitals"]}, max_epochs=2, n_members=2)
     with pytest.raises(ValueError, match=r"use evaluation\.out_of_fold instead"):
-        cross_val_predict(clf, data.X, data.y, cv=3, method="predict_proba")
+        cross_val_predict(clf, data.X, data.y, cv=KFold(3), method="predict_proba")
     proba = out_of_fold(clf, data.X, data.y, cv=3, groups="subject_id")
     assert proba.shape == (90, 2)
     assert np.isfinite(proba).all()

@@ -184,6 +184,11 @@ def iterate(
     return (batches[turn] for turn in turns)
 
 
+def count_batches(n_rows: int, batch_size: int) -> int:
+    """How many batches `iterate` makes."""
+    return len(_cut(np.arange(n_rows), batch_size))
+
+
 def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:
     cuts = list(range(size, len(order), size))
     if cuts and len(order) - cuts[-1] == 1:

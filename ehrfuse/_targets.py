@@ -56,7 +56,7 @@ class ClassTarget:
         self.n_outputs = 1 if len(self.classes) == 2 else len(self.classes)
         weight = compute_class_weight(class_weight, classes=self.classes, y=y)
         self.class_weight = weight.astype("float32")
-        share = weight * np.unique(y, return_counts=True)[1]
+        share = (weight * np.unique(y, return_counts=True)[1]).clip(1e-6)
         start = np.log(share) if self.n_outputs > 1 else np.log(share[1:] / share[:1])
         self.start = (start - start.mean() * (self.n_outputs > 1)).astype("float32")
 
@@ -124,6 +124,7 @@ class TaskTarget:
         self.constant = np.where(
             (positive == 0) | (positive == known), positive / known.clip(1), np.nan
         )
+        self.constant[known == 0] = 0.5
         self._warn_constant(known)
         pair = np.stack([known - positive, positive], 1)
         balanced = known[:, None] / (2 * pair.clip(1))
@@ -133,16 +134,14 @@ class TaskTarget:
         self.start = np.log(odds).astype("float32")
 
     def _warn_constant(self, known):
-        empty = [name for name, n in zip(self.task_names, known, strict=True) if not n]
-        if empty:
-            raise ValueError(
-                f"Tasks {empty} have no known label at all; leave them out, or at least one row "
-                "needs a class."
-            )
+        if not known.any():
+            raise ValueError("y holds no known label at all; at least one row needs a class.")
         for j in np.flatnonzero(~np.isnan(self.constant)):
+            got = "one class only" if known[j] else "no known label"
             warnings.warn(
-                f"Task {self.task_names[j]!r} has one class only among the training rows; its rate "
-                f"{self.constant[j]:.0f} is predicted for every row.",
+                f"Task {self.task_names[j]!r} has {got} among the training rows; its rate "
+                f"{self.constant[j]:g} is predicted for every row"
+                f"{'' if known[j] else ' (a coin, for nothing is known)'}.",
                 UserWarning,
                 stacklevel=2,
             )

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ehrfuse._data import Data, iterate
+from ehrfuse._data import Data, count_batches, iterate
 from ehrfuse._runtime import seeded
 from ehrfuse.nn.core import Core
 
@@ -43,7 +43,7 @@ def train(
     fused = device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(core.param_groups(lr, weight_decay), fused=fused)
     base_lr = [group["lr"] for group in optimizer.param_groups]
-    n_steps = max_epochs * max(1, len(data) // batch_size)
+    n_steps = max_epochs * count_batches(len(data), batch_size)
     history: list[dict] = []
     best = _Best(patience)
     step = 0

@@ -7,6 +7,7 @@ parameters and `_make_core(modalities, target)`; nothing else is required.
 import inspect
 import warnings
 from importlib.metadata import version
+from numbers import Integral, Real
 
 import numpy as np
 import pandas as pd
@@ -171,16 +172,16 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
         return super().set_params(**params)
 
     def _check_params(self):
-        check_scalar(self.max_epochs, "max_epochs", int, min_val=1)
+        check_scalar(self.max_epochs, "max_epochs", Integral, min_val=1)
         if self.batch_size != "auto":
-            check_scalar(self.batch_size, "batch_size", int, min_val=1)
-        check_scalar(self.lr, "lr", (int, float), min_val=0, include_boundaries="neither")
-        check_scalar(self.weight_decay, "weight_decay", (int, float), min_val=0)
+            check_scalar(self.batch_size, "batch_size", Integral, min_val=1)
+        check_scalar(self.lr, "lr", Real, min_val=0, include_boundaries="neither")
+        check_scalar(self.weight_decay, "weight_decay", Real, min_val=0)
         if self.patience is not None:
-            check_scalar(self.patience, "patience", int, min_val=1)
+            check_scalar(self.patience, "patience", Integral, min_val=1)
         if self.validation_fraction is not None:
             check_scalar(
-                self.validation_fraction, "validation_fraction", (int, float),
+                self.validation_fraction, "validation_fraction", Real,
                 min_val=0, max_val=1, include_boundaries="left",
             )  # fmt: skip
 
@@ -240,6 +241,9 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
             _refuse_bad_frame(X)
             if self.modalities is not None:
                 X = self._own_columns(X, reset)
+            elif not reset and self.groups is not None and self.groups not in X.columns:
+                names = [c for c in self.feature_names_in_ if c in X.columns or c == self.groups]
+                X = X.reindex(columns=names)  # the patient is not needed at predict
             # Object cells must survive, so names are checked and cells are not.
             validate_data(self, X, y, reset=reset, skip_check_array=True)
             return X
@@ -341,8 +345,6 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
 
     def _labels(self, X, y, sample_weight, *, reset):
         """Encoded y and row weights: the one place where both are checked."""
-        if reset:
-            self.target_ = self._make_target(y)
         check_consistent_length(X, y, sample_weight)
         weight = (
             np.ones(len(X)) if sample_weight is None else np.asarray(sample_weight, dtype=float)
@@ -351,7 +353,16 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
             raise ValueError("sample_weight must be one finite number of at least 0 for every row.")
         if not weight.any():
             raise ValueError("All sample weights are zero; at least one row must count.")
-        return None if y is None else self.target_.encode(y), weight.astype("float32")
+        kept = weight > 0  # what weighs nothing teaches nothing, the scale of y included
+        known = y if y is None or kept.all() else _rows_of(y, kept)
+        if reset:
+            self.target_ = self._make_target(known)
+        if y is None:
+            return None, weight.astype("float32")
+        encoded = self.target_.encode(known)
+        full = np.zeros((len(X), encoded.shape[1]), "float32")
+        full[kept] = encoded
+        return full, weight.astype("float32")
 
     def _set_aside(self, X, y, weight, seed):
         """Training and validation rows; all rows of one patient land on the same side."""
@@ -443,7 +454,9 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
         donor = self.pretrained_.module_
         parts = [f"encoders.{name}" for name in core.encoders if name in donor.encoders]
         parts += [f"spread.{name}" for name in core.spread if name in donor.spread]
-        if core.trunk is not None and _build(core.trunk) == _build(donor.trunk):
+        # Names in the same order too: a trunk has a place for every modality.
+        alike = list(core.encoders) == list(donor.encoders)
+        if alike and core.trunk is not None and _build(core.trunk) == _build(donor.trunk):
             parts.append("trunk")
         for part in parts:
             ours, theirs = core.get_submodule(part), donor.get_submodule(part)
@@ -479,7 +492,7 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
 
     def _snapshot(self):
         """Plain parameters at fit time: what `_make_core` may read, whatever is set later."""
-        simple = (int, float, str, bool, tuple, type(None))
+        simple = (int, float, str, bool, tuple, type(None), np.generic)
         params = self.get_params(deep=False)
         self.built_with_ = {k: v for k, v in params.items() if isinstance(v, simple)}
         self.versions_ = {name: version(name) for name in ("ehrfuse", "torch", "scikit-learn")}
@@ -536,10 +549,20 @@ def _build(module):
     return type(module).__name__, shapes
 
 
+def _rows_of(y, kept):
+    return y[kept] if hasattr(y, "iloc") else np.asarray(y)[kept]
+
+
 def _refuse_bad_frame(X):
     twice = list(X.columns[X.columns.duplicated()])
     if twice:
         raise ValueError(f"X has columns of the same name: {twice[:5]}; every name must be unique.")
+    odd = [c for c in X.columns if not isinstance(c, str)]
+    if odd and len(odd) < X.shape[1]:
+        raise ValueError(
+            f"Column names of X must be strings, got {odd[0]!r}; X.columns = X.columns.astype(str) "
+            "makes them so."
+        )
     if not len(X):
         raise ValueError(
             f"Found array with 0 sample(s) (shape={X.shape}) while a minimum of 1 is required: "
@@ -568,6 +591,7 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
         -------
         self : estimator
         """
+        vars(self).pop("target_names_", None)
         self._fit(X, y, sample_weight, X_val, y_val)
         self.classes_ = self.target_.classes
         if self.target_.task_names is not None:

@@ -1,5 +1,7 @@
 """The template: what it refuses, what it learns from which rows, what a pretrainer hands over."""
 
+import pickle
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -417,3 +419,38 @@ def test_parameters_of_a_dropped_modality_are_explained(cohort, modalities):
     clf = FusionClassifier(modalities, **FAST)
     with pytest.raises(ValueError, match="cannot be set while that modality is 'drop'"):
         clf.set_params(vitals="drop", vitals__n_bins=3)
+
+
+def test_numpy_numbers_are_numbers(cohort, modalities):
+    """As `np.arange` and `np.logspace` give them to a grid search."""
+    clf = FusionClassifier(modalities, max_epochs=np.int64(2), d_model=np.int64(8), random_state=0)
+    clf.set_params(lr=np.float64(1e-3), n_members=np.int64(2)).fit(cohort.X, cohort.y)
+    revived = pickle.loads(pickle.dumps(clf))
+    np.testing.assert_array_equal(revived.predict_proba(cohort.X), clf.predict_proba(cohort.X))
+
+
+def test_trunk_moves_only_between_equal_modalities_in_equal_order(cohort, modalities):
+    turned = {name: modalities[name] for name in ("cxr", "vitals")}
+    donor = FrozenEstimator(MMNARPretrainer(turned, **FAST).fit(cohort.X))
+    clf = MMNARFusionClassifier(modalities, **FAST, pretrained=donor).fit(cohort.X, cohort.y)
+    assert "trunk" not in clf.transferred_
+    assert "encoders.vitals" in clf.transferred_
+
+
+def test_values_of_weight_zero_do_not_set_the_scale(cohort, modalities):
+    y, weight = cohort.latent.copy(), np.ones(120)
+    y[:5], weight[:5] = 1e6, 0.0
+    reg = FusionRegressor(modalities, **FAST).fit(cohort.X, y, sample_weight=weight)
+    assert np.abs(reg.predict(cohort.X)).max() < 10
+
+
+def test_patient_column_may_be_absent_at_predict_without_modalities():
+    X = pd.DataFrame({"a": np.arange(40.0), "pid": np.arange(40) // 2, "b": 1.0})
+    clf = FusionClassifier(groups="pid", **FAST).fit(X, np.arange(40) % 2)
+    a, b = clf.predict_proba(X), clf.predict_proba(X.drop(columns="pid"))
+    np.testing.assert_array_equal(a, b)
+
+
+def test_names_of_columns(cohort, modalities):
+    refuse("must be strings, got 7", cohort.X.rename(columns={"wbc": 7}), cohort.y, modalities)
+    refuse("names a column twice", cohort.X, cohort.y, {"a": Tabular(["age", "age"])})

@@ -113,7 +113,7 @@ def test_values_come_back_in_their_unit():
         ([0.1, 0.7, 0.3], "Unknown label type"),
         ([[0, 2], [1, 0]], r"must hold 0, 1 or NaN \(unknown class\), got 2"),
         ([["a", "b"], ["b", "a"]], "must hold 0, 1 or NaN"),
-        ([[np.nan, np.nan], [np.nan, np.nan]], r"Tasks \['0', '1'\] have no known label at all"),
+        ([[np.nan, np.nan], [np.nan, np.nan]], "no known label at all"),
     ],
 )
 def test_bad_y_is_explained(y, message):
@@ -130,3 +130,10 @@ def test_label_unseen_in_fit_is_explained():
 def test_one_named_task_is_a_plain_outcome():
     target = classification_target(pd.DataFrame({"death": [0, 1, 1]}))
     assert isinstance(target, ClassTarget)
+
+
+def test_task_of_which_nothing_is_known_is_a_coin():
+    y = np.array([[0.0, np.nan], [1.0, np.nan]])
+    with pytest.warns(UserWarning, match=r"'1' has no known label.*0\.5 is predicted.*a coin"):
+        target = TaskTarget(y)
+    assert (target.probabilities(np.zeros((3, 2)))[:, 1] == 0.5).all()

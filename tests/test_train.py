@@ -180,3 +180,17 @@ def test_prediction_keeps_the_order_whatever_the_batch():
 def test_amp_runs_on_the_cpu():
     _, history = fitted(amp=True)
     assert history[-1]["train_loss"] < history[0]["train_loss"]
+
+
+def test_the_last_step_is_the_last_of_the_schedule():
+    seen = []
+
+    class Watched(Stub):
+        def lr_scale_at(self, progress):
+            seen.append(progress)
+            return 1.0
+
+    train(Watched(), make_data(), seed=0, device=CPU, **OPTIONS, validation=None)
+    assert max(seen) < 1
+    assert max(seen) > 1 - 2 / len(seen) - 0.15
+    assert seen == sorted(seen)

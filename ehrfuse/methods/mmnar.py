@@ -9,6 +9,8 @@ Axes: b - batch, e - ensemble members, m - modalities, d - d_model, h - width of
 k - outputs.
 """
 
+from numbers import Integral, Real
+
 import torch
 from sklearn.base import clone
 from sklearn.utils import check_scalar
@@ -190,9 +192,9 @@ class _MMNAR:
     def _check_params(self):
         super()._check_params()
         for name in ("reconstruction_weight", "contrastive_weight", "modality_dropout"):
-            check_scalar(getattr(self, name), name, (int, float), min_val=0)
-        check_scalar(self.n_layers, "n_layers", int, min_val=0)
-        check_scalar(self.temperature, "temperature", (int, float), min_val=1e-4)
+            check_scalar(getattr(self, name), name, Real, min_val=0)
+        check_scalar(self.n_layers, "n_layers", Integral, min_val=0)
+        check_scalar(self.temperature, "temperature", Real, min_val=1e-4)
 
     def _make_core(self, modalities, target):
         encoders = {
@@ -471,8 +473,9 @@ class MMNARFusionClassifier(_MMNAR, TorchClassifier):
         -------
         self : estimator
         """
-        for left_over in ("rectifier_", "module_", "history_", "n_iter_"):
-            vars(self).pop(left_over, None)  # a fit with a rectifier leaves others than one without
+        # A fit with a rectifier leaves other attributes than one without.
+        for name in ("rectifier_", "module_", "history_", "n_iter_", "modalities_", "target_"):
+            vars(self).pop(name, None)
         if self.rectifier is None:
             return super().fit(X, y, sample_weight, X_val=X_val, y_val=y_val)
         if X_val is not None:
@@ -492,7 +495,10 @@ class MMNARFusionClassifier(_MMNAR, TorchClassifier):
             check_option(self.rectifier, "rectifier", ("holdout", "crossfit", None))
         inner = clone(self).set_params(rectifier=None)
         if isinstance(self.rectifier, Rectifier):
-            return clone(self.rectifier).set_params(estimator=inner)
+            rectifier = clone(self.rectifier).set_params(estimator=inner)
+            if rectifier.random_state is None:  # or random_state=0 would not fix the fit
+                rectifier.set_params(random_state=self.random_state)
+            return rectifier
         return Rectifier(
             inner, groups=self.groups, method=self.rectifier, random_state=self.random_state
         )

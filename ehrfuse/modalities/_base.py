@@ -52,6 +52,8 @@ class Modality(BaseEstimator):
         """
         self._check_params()
         self.columns_ = modality_columns(self, X)
+        if len(set(self.columns_)) < len(self.columns_):
+            raise ValueError(f"{self} names a column twice; name every column once.")
         cells = self._cells(X)
         self.seen_ = bool(cells.notna().any(axis=None))
         self._learn(cells)

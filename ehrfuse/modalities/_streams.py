@@ -152,7 +152,11 @@ def _plain(cell, column, needs):
         raise _wrong(column, describe(cell), needs)
     if not all(isinstance(record, Mapping) for record in cell):
         raise _wrong(column, "a list whose items are no records", needs)
-    return [{name: _scalar(value) for name, value in record.items()} for record in cell]
+    # A code is a name: as a float, long identifiers would run together.
+    return [
+        {name: value if name == "code" else _scalar(value) for name, value in record.items()}
+        for record in cell
+    ]
 
 
 def _scalar(value):

@@ -46,8 +46,9 @@ class Vocabulary:
     def learn(cls, notes: Iterable[list[str]], min_count: int, max_words: int) -> "Vocabulary":
         """Keep the `max_words` terms found in most notes, none found in fewer than `min_count`."""
         found: dict[str, int] = {}
+        notes = list(notes)
         flat, row = _flatten([found.setdefault(w, len(found)) for w in note] for note in notes)
-        words, n_found, n_notes = list(found), len(found), int(row.max(initial=-1)) + 1
+        words, n_found, n_notes = list(found), len(found), len(notes)
         ids, n_with = _frequent(flat, row, min_count)
         common = np.zeros(n_found + 1, dtype=bool)
         common[ids] = True

@@ -1,5 +1,7 @@
 """Tabular: numbers, booleans and categories of one row, any of them missing."""
 
+import datetime
+
 import numpy as np
 import pandas as pd
 
@@ -95,9 +97,10 @@ def _codes(column, known):
 
 def _refuse_containers(column):
     """A list, array or time stamp in a table cell is a modality that was not declared."""
-    if pd.api.types.is_datetime64_any_dtype(column.dtype):
+    first = next(iter(column.dropna().head(1)), None)
+    if isinstance(first, datetime.date | datetime.timedelta | datetime.time | pd.Period):
         raise ValueError(
-            f"Column {column.name!r} holds time stamps; Tabular reads numbers, booleans and "
+            f"Column {column.name!r} holds times or dates; Tabular reads numbers, booleans and "
             "categories. Give the time relative to the prediction as a number."
         )
     for cell in column.head(1000):

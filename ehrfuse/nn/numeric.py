@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 def smooth_clip(x: Tensor, limit: float = 3.0) -> Tensor:
     """Squeeze x into (-limit, limit), close to x near zero: x / sqrt(1 + (x / limit)^2)."""
+    x = x.clamp(-1e6, 1e6)  # beyond, the square overflows
     return x / torch.sqrt(1 + (x / limit) ** 2)
 
 

@@ -90,7 +90,7 @@ def test_number_that_turns_into_a_word_is_explained(frame):
     ("cells", "message"),
     [
         ([[1, 2], [3]], "holds list of length 2; Tabular reads numbers.*Declare it as Events"),
-        (pd.to_datetime(["2020-01-01", None]), "holds time stamps"),
+        (pd.to_datetime(["2020-01-01", None]), "holds times or dates"),
         ([np.inf, 1.0], "infinity in row 0"),
         ([1e300, 1.0], "infinity in row 0.*float32"),
     ],

@@ -225,6 +225,13 @@ class ValueTarget:
         """Standardised float32 (n, k)."""
         return ((self._numbers(y) - self.center) / self.scale).astype("float32")
 
+    def rescale(self, y: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Take centre and scale from some rows of encoded y alone, and encode y anew."""
+        raw = y * self.scale + self.center
+        self.center, scale = np.nanmean(raw[rows], 0), np.nanstd(raw[rows], 0)
+        self.scale = np.where(scale > 0, scale, 1.0)
+        return ((raw - self.center) / self.scale).astype("float32")
+
     def loss(self, guess: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         """Mean squared error over the known values, in standard deviations."""
         guess, y, weight = spread(guess, y, weight)

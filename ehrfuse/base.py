@@ -210,6 +210,8 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
         else:
             # Validation rows leave first, so no scaler, vocabulary or pretrainer ever sees them.
             rows, rows_val = self._set_aside(X, y, weight, seed)
+            if rows_val is not None and hasattr(self.target_, "rescale"):
+                y = self.target_.rescale(y, rows)
         X_train = X if len(rows) == len(X) else X.iloc[rows]
         self._fit_pretrained(X_train, declared, seed)
         self._fit_modalities(X_train, declared)

@@ -454,3 +454,18 @@ def test_patient_column_may_be_absent_at_predict_without_modalities():
 def test_names_of_columns(cohort, modalities):
     refuse("must be strings, got 7", cohort.X.rename(columns={"wbc": 7}), cohort.y, modalities)
     refuse("names a column twice", cohort.X, cohort.y, {"a": Tabular(["age", "age"])})
+
+
+def test_validation_rows_do_not_set_the_scale_of_y(cohort, modalities):
+    reg = FusionRegressor(modalities, **FAST, validation_fraction=0.25)
+    reg.target_ = reg._make_target(cohort.latent)
+    _, aside = reg._set_aside(cohort.X, None, np.ones(120), _first_seed(0))
+    y = cohort.latent.copy()
+    y[aside] += 1e4
+    fitted = reg.fit(cohort.X, y)
+    assert abs(fitted.target_.center[0]) < 1
+    assert fitted.target_.scale[0] < 10
+
+
+def _first_seed(random_state):
+    return int(np.random.RandomState(random_state).randint(2**31 - 1))

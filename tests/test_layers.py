@@ -10,7 +10,10 @@ import pytest
 import ehrfuse
 
 PACKAGE = Path(ehrfuse.__file__).parent
-HEAVY = {"transformers", "tokenizers", "pytorch_tabnet", "matplotlib", "duckdb", "PIL", "pooch"}
+HEAVY = {
+    "transformers", "tokenizers", "pytorch_tabnet", "matplotlib", "duckdb", "PIL", "pooch", "peft",
+    "bm25s", "graspologic_native", "ahocorasick", "rapidfuzz", "xgboost", "imblearn",
+}  # fmt: skip
 
 # Layer -> what it may import: our own layers, then packages beside the standard library.
 LAYERS = {
@@ -20,7 +23,22 @@ LAYERS = {
     "_cache": ({"_runtime"}, {"numpy", "tqdm"}),
     "_hub": (
         {"_cache", "_runtime"},
-        {"numpy", "torch", "transformers", "tokenizers", "tqdm", "safetensors"},
+        {"numpy", "torch", "transformers", "tokenizers", "tqdm", "safetensors", "peft"},
+    ),
+    "knowledge": (
+        {"_hub", "_runtime"},
+        {
+            "numpy",
+            "scipy",
+            "pandas",
+            "pyarrow",
+            "sklearn",
+            "tqdm",
+            "bm25s",
+            "graspologic_native",
+            "ahocorasick",
+            "rapidfuzz",
+        },
     ),
     "_data": (set(), {"numpy", "torch"}),
     "_targets": ({"nn"}, {"numpy", "torch", "sklearn"}),
@@ -37,8 +55,8 @@ LAYERS = {
         {"numpy", "pandas", "sklearn", "torch"},
     ),
     "methods": (
-        {"_hub", "_runtime", "base", "modalities", "nn", "rectifier"},
-        {"numpy", "pandas", "sklearn", "torch"},
+        {"_hub", "_runtime", "base", "knowledge", "modalities", "nn", "rectifier"},
+        {"numpy", "pandas", "scipy", "sklearn", "torch", "xgboost", "imblearn"},
     ),
     "evaluation": (
         {"_patterns", "_runtime"},
@@ -46,7 +64,7 @@ LAYERS = {
     ),
     "datasets": (
         {"_runtime", "modalities"},
-        {"numpy", "pandas", "pyarrow", "scipy", "sklearn", "pooch"},
+        {"numpy", "pandas", "pyarrow", "scipy", "sklearn", "pooch", "duckdb", "tqdm"},
     ),
 }
 GROWING = {"methods", "modalities"}  # siblings do not import each other

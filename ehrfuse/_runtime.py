@@ -3,11 +3,25 @@
 import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+
+_default: "ContextVar[str | torch.device | None]" = ContextVar("default device", default=None)
+
+
+@contextmanager
+def default_device(device: "str | torch.device | None") -> Iterator[None]:
+    """Let `device` stand for None within the block; None changes nothing."""
+    token = _default.set(_default.get() if device is None else device)
+    try:
+        yield
+    finally:
+        _default.reset(token)
 
 
 def resolve_device(device: "str | torch.device | None") -> "torch.device":
@@ -17,6 +31,7 @@ def resolve_device(device: "str | torch.device | None") -> "torch.device":
     """
     import torch
 
+    device = _default.get() if device is None else device
     if device is not None:
         wanted = torch.device(device)
         if wanted.type == "cuda" and not torch.cuda.is_available():

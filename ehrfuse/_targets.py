@@ -16,7 +16,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from torch import Tensor
 from torch.nn import functional as F
 
-from ehrfuse.nn.losses import weighted_mean
+from ehrfuse.nn.losses import weighted_loss
 
 
 def spread(logits: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
@@ -54,11 +54,28 @@ class ClassTarget:
                 "least two classes. Look at the cohort or the split that left the others out."
             )
         self.n_outputs = 1 if len(self.classes) == 2 else len(self.classes)
-        weight = compute_class_weight(class_weight, classes=self.classes, y=y)
+        compute_class_weight(class_weight, classes=self.classes, y=y)  # complains of bad values
+        self.asked_weight = class_weight
+        self._count(self.encode(y))
+
+    def _count(self, y):
+        """Class weights, of mean one over the rows, and where a head starts."""
+        count = np.bincount(y[:, 0].astype(int), minlength=len(self.classes))
+        if isinstance(self.asked_weight, str):  # "balanced"
+            weight = count.sum() / (len(count) * count.clip(1))
+        else:
+            asked = self.asked_weight or {}
+            weight = np.array([asked.get(c, 1.0) for c in self.classes.tolist()], dtype=float)
+        weight = weight * count.sum() / max(weight @ count, 1e-12)
         self.class_weight = weight.astype("float32")
-        share = (weight * np.unique(y, return_counts=True)[1]).clip(1e-6)
+        share = (weight * count).clip(1e-6)
         start = np.log(share) if self.n_outputs > 1 else np.log(share[1:] / share[:1])
         self.start = (start - start.mean() * (self.n_outputs > 1)).astype("float32")
+
+    def relearn(self, y: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Take what is counted from some rows of encoded y alone; returns y, encoded anew."""
+        self._count(y[rows])
+        return y
 
     def encode(self, y):
         """Class numbers as float32 (n, 1)."""
@@ -81,7 +98,7 @@ class ClassTarget:
             term = F.binary_cross_entropy_with_logits(logits[:, 0], y, reduction="none")
         else:
             term = F.cross_entropy(logits, y.long(), reduction="none")
-        return weighted_mean(term, weight)
+        return weighted_loss(term, weight)
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """(n, number of classes)."""
@@ -120,23 +137,34 @@ class TaskTarget:
                 f"class_weight={class_weight!r} does not fit several outcomes; use 'balanced', "
                 "None or sample_weight."
             )
+        self.balanced = class_weight == "balanced"
+        self.constant = np.full(self.n_outputs, np.nan)
+        self._count(y)
+
+    def _count(self, y):
+        """Tasks of one class, class weights, and where a head starts."""
         known, positive = (~np.isnan(y)).sum(0), np.nansum(y, 0)
+        before = self.constant
         self.constant = np.where(
             (positive == 0) | (positive == known), positive / known.clip(1), np.nan
         )
         self.constant[known == 0] = 0.5
-        self._warn_constant(known)
+        self._warn_constant(known, np.isnan(before))
         pair = np.stack([known - positive, positive], 1)
-        balanced = known[:, None] / (2 * pair.clip(1))
-        weight = balanced if class_weight == "balanced" else np.ones_like(pair)
+        weight = known[:, None] / (2 * pair.clip(1)) if self.balanced else np.ones_like(pair)
         self.class_weight = weight.astype("float32")
         odds = (positive * weight[:, 1]).clip(0.5) / ((known - positive) * weight[:, 0]).clip(0.5)
         self.start = np.log(odds).astype("float32")
 
-    def _warn_constant(self, known):
+    def relearn(self, y: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Take what is counted from some rows of encoded y alone; returns y, encoded anew."""
+        self._count(y[rows])
+        return y
+
+    def _warn_constant(self, known, new):
         if not known.any():
             raise ValueError("y holds no known label at all; at least one row needs a class.")
-        for j in np.flatnonzero(~np.isnan(self.constant)):
+        for j in np.flatnonzero(~np.isnan(self.constant) & new):
             got = "one class only" if known[j] else "no known label"
             warnings.warn(
                 f"Task {self.task_names[j]!r} has {got} among the training rows; its rate "
@@ -148,6 +176,7 @@ class TaskTarget:
 
     def encode(self, y):
         """Float32 (n, k) of 0, 1 and NaN."""
+        y = _by_name(y, self.task_names)
         try:
             y = np.asarray(
                 y.to_numpy(dtype="float64", na_value=np.nan) if hasattr(y, "columns") else y
@@ -177,7 +206,7 @@ class TaskTarget:
         known = ~y.isnan() & learned
         y = y.nan_to_num()
         term = F.binary_cross_entropy_with_logits(logits, y, reduction="none")
-        return weighted_mean(
+        return weighted_loss(
             term, weight[:, None] * known * torch.where(y > 0, table[:, 1], table[:, 0])
         )
 
@@ -223,10 +252,11 @@ class ValueTarget:
 
     def encode(self, y):
         """Standardised float32 (n, k)."""
+        y = _by_name(y, self.task_names) if self.task_names else y
         return ((self._numbers(y) - self.center) / self.scale).astype("float32")
 
-    def rescale(self, y: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Take centre and scale from some rows of encoded y alone, and encode y anew."""
+    def relearn(self, y: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Take centre and scale from some rows of encoded y alone; returns y, encoded anew."""
         raw = y * self.scale + self.center
         self.center, scale = np.nanmean(raw[rows], 0), np.nanstd(raw[rows], 0)
         self.scale = np.where(scale > 0, scale, 1.0)
@@ -236,7 +266,7 @@ class ValueTarget:
         """Mean squared error over the known values, in standard deviations."""
         guess, y, weight = spread(guess, y, weight)
         known = ~y.isnan()
-        return weighted_mean((guess - y.nan_to_num()) ** 2, weight[:, None] * known)
+        return weighted_loss((guess - y.nan_to_num()) ** 2, weight[:, None] * known)
 
     def values(self, guess: np.ndarray) -> np.ndarray:
         """In the unit of y: (n,) or (n, k)."""
@@ -247,6 +277,18 @@ class ValueTarget:
     def strata(self, y: np.ndarray) -> np.ndarray | None:
         """Nothing."""
         return None
+
+
+def _by_name(y, names):
+    """A frame of outcomes in the order of fit, whatever order its columns come in."""
+    if not hasattr(y, "columns"):
+        return y
+    found = [str(name) for name in y.columns]
+    if found == names:
+        return y
+    if sorted(found) != sorted(names):
+        raise ValueError(f"y has the tasks {found}, fit had {names}; give those of fit.")
+    return y.iloc[:, [found.index(name) for name in names]]
 
 
 def classification_target(y, class_weight=None):

@@ -33,7 +33,7 @@ from torch import nn
 from ehrfuse._data import Data
 from ehrfuse._patterns import modality_columns
 from ehrfuse._progress import ProgressMixin, with_progress
-from ehrfuse._runtime import resolve_device, seeded
+from ehrfuse._runtime import default_device, resolve_device, seeded
 from ehrfuse._targets import ValueTarget, classification_target
 from ehrfuse._train import evaluate, predict, train
 from ehrfuse.modalities import Modality, Tabular
@@ -210,8 +210,8 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
         else:
             # Validation rows leave first, so no scaler, vocabulary or pretrainer ever sees them.
             rows, rows_val = self._set_aside(X, y, weight, seed)
-            if rows_val is not None and hasattr(self.target_, "rescale"):
-                y = self.target_.rescale(y, rows)
+            if rows_val is not None and y is not None:
+                y = self.target_.relearn(y, rows)
         X_train = X if len(rows) == len(X) else X.iloc[rows]
         self._fit_pretrained(X_train, declared, seed)
         self._fit_modalities(X_train, declared)
@@ -220,7 +220,21 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
         validation = None if rows_val is None else Data(**vars(data) | {"rows": rows_val})
         if X_val is not None:
             validation = self._data(X_val, *self._labels(X_val, y_val, None, reset=False))
-        return self._train(data, validation, seed, device)
+        return self._train(data, self._worth_watching(validation), seed, device)
+
+    def _worth_watching(self, validation):
+        """The validation rows, or None where no label of theirs is known."""
+        if validation is None or validation.y is None:
+            return validation
+        if not np.isnan(validation.y[validation.rows]).all():
+            return validation
+        warnings.warn(
+            f"None of the {len(validation)} validation rows has a known label; the fit runs all "
+            f"{self.max_epochs} epochs without early stopping.",
+            UserWarning,
+            stacklevel=5,
+        )
+        return None
 
     def _train(self, data, validation, seed, device):
         with seeded(seed, device):
@@ -356,6 +370,7 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
         if not weight.any():
             raise ValueError("All sample weights are zero; at least one row must count.")
         kept = weight > 0  # what weighs nothing teaches nothing, the scale of y included
+        weight = weight / weight[kept].mean()
         known = y if y is None or kept.all() else _rows_of(y, kept)
         if reset:
             self.target_ = self._make_target(known)
@@ -401,13 +416,15 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
 
     def _fit_modalities(self, X, declared):
         taken = {} if self.pretrained_ is None else self.pretrained_.modalities_
-        self.modalities_ = {
-            name: taken[name] if name in taken else clone(modality).fit(X)
-            for name, modality in declared.items()
-        }
+        with default_device(self.device):
+            self.modalities_ = {
+                name: taken[name] if name in taken else clone(modality).fit(X)
+                for name, modality in declared.items()
+            }
 
     def _data(self, X, y=None, weight=None, rows=None):
-        blocks = {name: m.transform(X) for name, m in self.modalities_.items()}
+        with default_device(self.device):  # frozen models encode in transform
+            blocks = {name: m.transform(X) for name, m in self.modalities_.items()}
         groups = None
         if self.groups is not None and self.groups in X.columns:
             groups = pd.factorize(X[self.groups])[0].astype("int64")

@@ -17,7 +17,7 @@ def test_binary_loss_is_the_log_loss_of_its_probabilities():
     y = np.array(["dead", "alive", "alive", "dead", "alive"])
     target = ClassTarget(y)
     logits = np.array([[0.3], [-1.0], [0.2], [2.0], [-0.1]])
-    weight = np.array([1.0, 2.0, 0.5, 1.0, 0.0])
+    weight = np.array([1.0, 2.0, 0.5, 0.5, 0.0])  # of mean one where they are not zero
     loss = target.loss(as_tensor(logits), as_tensor(target.encode(y)), as_tensor(weight))
     p = target.probabilities(logits)
     assert list(target.classes) == ["alive", "dead"]
@@ -74,6 +74,37 @@ def test_task_without_positives_predicts_its_rate_and_warns():
     assert (p[:, 1] == 0).all()
     assert (p[:, 0] > 0.9).all()
     assert target.task_names == ["death", "dialysis"]
+
+
+def test_rows_set_aside_do_not_reach_what_is_counted():
+    y = np.array([0, 0, 0, 1, 1, 1, 1, 1])
+    target = ClassTarget(y, "balanced")
+    target.relearn(target.encode(y), np.arange(4))
+    np.testing.assert_allclose(target.class_weight, [4 / 6, 2.0], rtol=1e-6)
+    plain = ClassTarget(y)
+    plain.relearn(plain.encode(y), np.arange(4))
+    assert 1 / (1 + np.exp(-plain.start[0])) == pytest.approx(0.25)
+    tasks = TaskTarget(np.column_stack([y, 1 - y]))
+    tasks.relearn(tasks.encode(np.column_stack([y, 1 - y])), np.arange(4))
+    np.testing.assert_allclose(1 / (1 + np.exp(-tasks.start)), [0.25, 0.75], rtol=1e-5)
+    values = ValueTarget(y * 1.0)
+    values.relearn(values.encode(y * 1.0), np.arange(4))
+    assert values.center == pytest.approx(0.25)
+
+
+def test_class_weights_keep_the_size_of_the_loss():
+    y = np.array([0] * 9 + [1])
+    target = ClassTarget(y, {0: 1.0, 1: 100.0})
+    assert target.class_weight @ [9, 1] == pytest.approx(10)
+    assert target.class_weight[1] == pytest.approx(100 * target.class_weight[0])
+
+
+def test_tasks_are_matched_by_name():
+    y = pd.DataFrame({"death": [0, 1, 0], "dialysis": [0, 1, 1]})
+    target = classification_target(y)
+    np.testing.assert_array_equal(target.encode(y[["dialysis", "death"]]), y.to_numpy("float32"))
+    with pytest.raises(ValueError, match=r"y has the tasks \['death', 'x'\], fit had"):
+        target.encode(y.rename(columns={"dialysis": "x"}))
 
 
 def test_balanced_classes_weigh_the_same():

@@ -20,7 +20,7 @@ class Stub(Core):
     """A linear layer on vectors; counts what the loop calls."""
 
     def __init__(self, fail_at=None, interrupt_at=None):
-        super().__init__({"x": VectorEncoder(3, 4)}, heads=nn.Linear(4, 1))
+        super().__init__({"x": VectorEncoder([0.0] * 3, [1.0] * 3, 4)}, heads=nn.Linear(4, 1))
         self.fail_at, self.interrupt_at = fail_at, interrupt_at
         self.calls, self.sizes = [], []
 

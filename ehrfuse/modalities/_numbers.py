@@ -27,15 +27,29 @@ def is_number_column(column: pd.Series) -> bool:
     return bool(column.notna().any()) and infer_dtype(column, skipna=True) in kinds
 
 
-def read_numbers(cells: pd.DataFrame, columns: list[str]) -> np.ndarray:
-    """Columns as one float32 table with NaN for null; written in place, one column at a time."""
+def read_origin(cells: pd.DataFrame, columns: list[str]) -> np.ndarray:
+    """Median of every column, in float64 (p,); 0 where nothing is known or it is not finite."""
+    origin = np.zeros(len(columns))
+    for j, name in enumerate(columns):
+        known = _float64(cells[name])
+        known = known[~np.isnan(known)]
+        if len(known):
+            origin[j] = np.median(known)
+    return np.where(np.isfinite(origin), origin, 0.0)
+
+
+def read_numbers(
+    cells: pd.DataFrame, columns: list[str], origin: np.ndarray | None = None
+) -> np.ndarray:
+    """Columns minus their origin as one float32 table with NaN for null, a column at a time.
+
+    The origin goes first, in float64: of a time stamp in seconds float32 keeps only the minutes.
+    """
+    origin = np.zeros(len(columns)) if origin is None else origin
     table = np.empty((len(cells), len(columns)), "float32")
     for j, name in enumerate(columns):
-        column = cells[name]
-        if not is_numeric_dtype(column.dtype):
-            column = _parse(column)
         with np.errstate(over="ignore"):
-            table[:, j] = column.to_numpy(dtype="float32", na_value=np.nan)
+            table[:, j] = _float64(cells[name]) - origin[j]
         if np.isinf(table[:, j]).any():
             row = int(np.flatnonzero(np.isinf(table[:, j]))[0])
             raise ValueError(
@@ -43,6 +57,12 @@ def read_numbers(cells: pd.DataFrame, columns: list[str]) -> np.ndarray:
                 "float32). Replace it by a null cell or a finite number."
             )
     return table
+
+
+def _float64(column):
+    if not is_numeric_dtype(column.dtype):
+        column = _parse(column)
+    return column.to_numpy(dtype="float64", na_value=np.nan)
 
 
 def _parse(column):
@@ -99,6 +119,19 @@ class RobustScale:
         """Scaled copy of (n, p), or in place with ``out=table``."""
         out = np.subtract(table, self.center, out=out)
         return np.divide(out, self.scale, out=out)
+
+
+def vector_scale(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and spread of every feature of training vectors (n, size), two float32 arrays.
+
+    A feature that hardly varies beside the others is noise: its spread counts as a tenth of theirs.
+    """
+    if not len(vectors):
+        return np.zeros(vectors.shape[1], "float32"), np.ones(vectors.shape[1], "float32")
+    spread = vectors.std(0, dtype="float64")
+    least = 0.1 * np.sqrt((spread**2).mean())
+    scale = np.maximum(spread, least if least > 0 else 1.0)
+    return vectors.mean(0, dtype="float64").astype("float32"), scale.astype("float32")
 
 
 def edges_of(table: np.ndarray, n_bins: int) -> np.ndarray:

@@ -2,7 +2,13 @@
 
 from ehrfuse._data import Block
 from ehrfuse.modalities._base import Modality, check_count
-from ehrfuse.modalities._numbers import RobustScale, build_features, numeric_features, read_numbers
+from ehrfuse.modalities._numbers import (
+    RobustScale,
+    build_features,
+    numeric_features,
+    read_numbers,
+    read_origin,
+)
 from ehrfuse.nn.encoders import LabsEncoder
 
 __all__ = ["Labs"]
@@ -32,14 +38,15 @@ class Labs(Modality):
         check_count(self.n_bins, "n_bins")
 
     def _learn(self, cells):
-        table = read_numbers(cells, self.columns_)
+        self.origin_ = read_origin(cells, self.columns_)
+        table = read_numbers(cells, self.columns_, self.origin_)
         self.scale_ = RobustScale.learn(table)
         self.features_ = numeric_features(
             self.scale_.apply(table, out=table), self.n_bins, cells.notna().any(axis=1).to_numpy()
         )
 
     def _read(self, cells, present):
-        table = read_numbers(cells, self.columns_)
+        table = read_numbers(cells, self.columns_, self.origin_)
         return Block(present, {"values": self.scale_.apply(table, out=table)})
 
     def make_encoder(self, d_model, n_members=1):

@@ -13,6 +13,7 @@ from ehrfuse.modalities._numbers import (
     is_number_column,
     numeric_features,
     read_numbers,
+    read_origin,
 )
 from ehrfuse.nn.encoders import TableEncoder
 
@@ -64,7 +65,8 @@ class Tabular(Modality):
             c: pd.Index(sorted(found.astype(object).unique(), key=str), dtype=object)
             for c, found in words.items()
         }
-        table = read_numbers(cells, self.numeric_)
+        self.origin_ = read_origin(cells, self.numeric_)
+        table = read_numbers(cells, self.numeric_, self.origin_)
         self.scale_ = RobustScale.learn(table)
         self.features_ = numeric_features(
             self.scale_.apply(table, out=table), self.n_bins, cells.notna().any(axis=1).to_numpy()
@@ -73,7 +75,7 @@ class Tabular(Modality):
     def _read(self, cells, present):
         arrays = {}
         if self.numeric_:
-            table = read_numbers(cells, self.numeric_)
+            table = read_numbers(cells, self.numeric_, self.origin_)
             arrays["values"] = self.scale_.apply(table, out=table)
         if self.categories_:
             arrays["codes"] = np.stack(

@@ -6,6 +6,7 @@ from ehrfuse import _hub
 from ehrfuse._data import Block
 from ehrfuse._runtime import check_option
 from ehrfuse.modalities._base import Modality, check_count, describe
+from ehrfuse.modalities._numbers import vector_scale
 from ehrfuse.modalities._words import Vocabulary, split
 from ehrfuse.nn.backbones import Backbone, BackboneEncoder
 from ehrfuse.nn.encoders import ChunkEncoder, WordEncoder
@@ -134,6 +135,8 @@ class Text(Modality):
             self.tokenizer_ = _hub.tokenizer_json(tokenizer, self.model)
             self.prefix_, self.suffix_ = list(frame.prefix), list(frame.suffix)
             self._weights_at_hand = True
+        else:
+            self.scale_ = vector_scale(self._vectors(notes)[0])
 
     def _keep(self, vocabulary):
         self.vocabulary_, self.idf_ = vocabulary.terms, vocabulary.idf
@@ -197,7 +200,7 @@ class Text(Modality):
             return WordEncoder(len(self.vocabulary_) + 1, d_model, dropout)
         dropout = 0.1 if self.dropout is None else self.dropout
         if not self.trainable:
-            return ChunkEncoder(self.size_, d_model, dropout)
+            return ChunkEncoder(*self.scale_, d_model, dropout)
         at_hand = getattr(self, "_weights_at_hand", False)
         if at_hand:
             network = _hub.copy_model(

@@ -12,6 +12,7 @@ from ehrfuse import _hub
 from ehrfuse._data import Block
 from ehrfuse._runtime import import_optional
 from ehrfuse.modalities._base import Modality, check_count, describe
+from ehrfuse.modalities._numbers import vector_scale
 from ehrfuse.nn.encoders import ImageEncoder, VectorEncoder
 
 __all__ = ["Embedding", "Image"]
@@ -57,9 +58,13 @@ class Embedding(Modality):
         if len(known):
             first = self._vector(column.iloc[known[0]], known[0], None)
             self.size_ = len(first)
-            self._read(cells, column.notna().to_numpy(dtype=bool))
+        values = self._values(cells, column.notna().to_numpy(dtype=bool))
+        self.scale_ = vector_scale(values[known])
 
     def _read(self, cells, present):
+        return Block(present, {"values": self._values(cells, present)})
+
+    def _values(self, cells, present):
         values = np.zeros((len(cells), max(1, self.size_)), "float32")
         rows = np.flatnonzero(present)
         if len(rows):
@@ -72,7 +77,7 @@ class Embedding(Modality):
                     bad[0], "NaN or infinity (in float32)", "finite numbers",
                     "A vector that is not known is a null cell.",
                 )  # fmt: skip
-        return Block(present, {"values": values})
+        return values
 
     def _read_cells(self, column, values, rows):
         cells = column.to_numpy(dtype=object)
@@ -104,7 +109,7 @@ class Embedding(Modality):
         )  # fmt: skip
 
     def make_encoder(self, d_model, n_members=1):
-        return VectorEncoder(max(1, self.size_), d_model, self.dropout)
+        return VectorEncoder(*self.scale_, d_model, self.dropout)
 
 
 def _read_arrow(column, values, present):
@@ -207,6 +212,9 @@ class Image(Modality):
             info = _hub.inspect_model(self.model, self.revision)
             self.fingerprint_, self.commit_ = info.fingerprint, info.revision
             self.size_ = _hub.image_size(info)
+            column = self._only(cells)
+            known = np.flatnonzero(column.notna().to_numpy(dtype=bool))
+            self.scale_ = vector_scale(self._vectors(column.to_numpy(dtype=object), known)[known])
 
     def _read(self, cells, present):
         column = self._only(cells).to_numpy(dtype=object)
@@ -258,7 +266,7 @@ class Image(Modality):
 
     def make_encoder(self, d_model, n_members=1):
         if self.model is not None:
-            return VectorEncoder(self.size_, d_model, self.dropout)
+            return VectorEncoder(*self.scale_, d_model, self.dropout)
         return ImageEncoder(d_model, dropout=self.dropout)
 
 

@@ -7,6 +7,8 @@ real token, and states `n_outputs` = d. One with ensemble members states `n_memb
 Axes: b - batch, e - members, t - tokens, p - numeric columns, c - categorical columns, d - d_model.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -220,15 +222,35 @@ class VisitEncoder(nn.Module):
         return torch.zeros_like(like).scatter_add(1, place, words.to(like.dtype))
 
 
+class Standardize(nn.Module):
+    """Features to mean 0 and spread 1 as measured in fit, clipped smoothly. Nothing is trained.
+
+    Not a layer norm: that would take away how long a vector is, and all of a vector of length one.
+    """
+
+    center: Tensor
+    scale: Tensor
+
+    def __init__(self, center: Sequence[float], scale: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.as_tensor(center, dtype=torch.float32).clone())
+        self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float32).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return smooth_clip((x - self.center) / self.scale)
+
+
 class VectorEncoder(nn.Module):
     """Precomputed vectors to one token. Reads ``values`` (b, size)."""
 
-    def __init__(self, size: int, d_model: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self, center: Sequence[float], scale: Sequence[float], d_model: int, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.n_outputs = d_model
         self.mlp = nn.Sequential(
-            nn.LayerNorm(size), nn.Dropout(dropout), nn.Linear(size, d_model), nn.GELU(),
-            nn.Linear(d_model, d_model),
+            Standardize(center, scale), nn.Dropout(dropout), nn.Linear(len(center), d_model),
+            nn.GELU(), nn.Linear(d_model, d_model),
         )  # fmt: skip
 
     def forward(self, x: dict[str, Tensor]) -> Tokens:
@@ -238,10 +260,14 @@ class VectorEncoder(nn.Module):
 class ChunkEncoder(nn.Module):
     """Vectors of the chunks of a note to one token per chunk. Reads ``chunks`` (b, t, size)."""
 
-    def __init__(self, size: int, d_model: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self, center: Sequence[float], scale: Sequence[float], d_model: int, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.n_outputs = d_model
-        self.mlp = nn.Sequential(nn.LayerNorm(size), nn.Dropout(dropout), nn.Linear(size, d_model))
+        self.mlp = nn.Sequential(
+            Standardize(center, scale), nn.Dropout(dropout), nn.Linear(len(center), d_model)
+        )
 
     def forward(self, x: dict[str, Tensor]) -> Tokens:
         return self.mlp(x["chunks"]), x["chunks_mask"]

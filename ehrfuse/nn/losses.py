@@ -8,13 +8,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def weighted_mean(term: Tensor, weight: Tensor) -> Tensor:
-    """Mean of `term` under `weight` of the same shape; zero, not 0 / 0, where nothing weighs."""
-    weight = weight.to(term.dtype)
-    total = weight.sum()
-    return torch.where(weight > 0, term * weight, torch.zeros_like(term)).sum() / torch.where(
-        total > 0, total, torch.ones_like(total)
-    )
+def weighted_loss(term: Tensor, weight: Tensor) -> Tensor:
+    """Sum of `term` x `weight` over the number of cells that weigh anything; zero where none does.
+
+    Not over the sum of the weights: that would make a batch of heavy rows count as much as a batch
+    of light ones, and at one row a batch weights would do nothing. Weights of mean one over the
+    training rows keep the size of the loss.
+    """
+    counts = weight > 0
+    total = torch.where(counts, term * weight.to(term.dtype), torch.zeros_like(term)).sum()
+    return total / counts.sum().clamp(min=1)
 
 
 def masked_mse(guess: Tensor, truth: Tensor, mask: Tensor) -> Tensor:

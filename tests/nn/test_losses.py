@@ -6,21 +6,22 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ehrfuse.nn.losses import focal_bce, info_nce, masked_mse, weighted_mean
+from ehrfuse.nn.losses import focal_bce, info_nce, masked_mse, weighted_loss
 
 
-def test_weighted_mean_ignores_what_weighs_nothing():
+def test_weighted_loss_ignores_what_weighs_nothing():
     term = torch.tensor([1.0, torch.nan, 3.0], requires_grad=True)
-    mean = weighted_mean(term, torch.tensor([1.0, 0.0, 3.0]))
+    mean = weighted_loss(term, torch.tensor([1.0, 0.0, 3.0]))
     mean.backward()
-    assert mean.item() == pytest.approx((1 + 9) / 4)
+    assert mean.item() == pytest.approx((1 + 9) / 2)
     assert term.grad.isfinite().all()
-    assert weighted_mean(torch.ones(3), torch.zeros(3)).item() == 0
+    assert weighted_loss(torch.ones(3), torch.zeros(3)).item() == 0
 
 
-def test_weighted_mean_is_exact_for_small_weights():
-    weight = torch.full((4,), 1e-12)
-    assert weighted_mean(torch.arange(4.0), weight).item() == pytest.approx(1.5)
+def test_a_heavy_row_counts_more_than_a_light_one_in_a_batch_of_its_own():
+    term = torch.tensor([2.0])
+    heavy, light = (weighted_loss(term, torch.tensor([w])).item() for w in (1.5, 0.5))
+    assert heavy == pytest.approx(3 * light)
 
 
 def test_masked_mse():

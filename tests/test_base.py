@@ -11,6 +11,7 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
+from tiny_models import write_bert
 
 from ehrfuse import (
     Embedding,
@@ -22,6 +23,7 @@ from ehrfuse import (
     MMNARPretrainer,
     Tabular,
     Text,
+    _hub,
 )
 from ehrfuse.datasets import make_ehr
 
@@ -469,3 +471,64 @@ def test_validation_rows_do_not_set_the_scale_of_y(cohort, modalities):
 
 def _first_seed(random_state):
     return int(np.random.RandomState(random_state).randint(2**31 - 1))
+
+
+def test_weights_count_at_one_row_a_batch(cohort, modalities):
+    """A row that weighs next to nothing teaches next to nothing, whatever the batch."""
+    y = cohort.y
+    light = np.where(y == 1, 1e-6, 1.0)
+    options = FAST | {"batch_size": 1, "max_epochs": 2}
+    plain = FusionClassifier(modalities, **options).fit(cohort.X, y)
+    fitted = FusionClassifier(modalities, **options).fit(cohort.X, y, sample_weight=light)
+    means = [clf.predict_proba(cohort.X)[:, 1].mean() for clf in (fitted, plain)]
+    assert means[0] < 0.6 * means[1]
+
+
+def test_validation_labels_start_no_head(cohort, modalities):
+    clf = FusionClassifier(modalities, groups="subject_id", validation_fraction=0.3, **FAST)
+    clf.fit(cohort.X, cohort.y)
+    aside = clf._set_aside(cohort.X, None, np.ones(len(cohort.X)), _seed_of(FAST))[1]
+    y = cohort.y.copy()
+    y[aside] = 1 - y[aside]
+    other = clone(clf).fit(cohort.X, y)
+    np.testing.assert_array_equal(other.target_.start, clf.target_.start)
+    assert other.history_[0]["train_loss"] == clf.history_[0]["train_loss"]
+
+
+def _seed_of(options):
+    return int(np.random.RandomState(options["random_state"]).randint(2**31 - 1))
+
+
+def test_validation_rows_of_unknown_label_choose_no_epoch(cohort, modalities):
+    y = pd.DataFrame({"a": cohort.y, "b": 1 - cohort.y}).astype(float)
+    unknown = y * np.nan
+    clf = FusionClassifier(modalities, patience=1, **FAST)
+    with pytest.warns(UserWarning, match="None of the 120 validation rows has a known label"):
+        clf.fit(cohort.X, y, X_val=cohort.X, y_val=unknown)
+    assert clf.n_iter_ == FAST["max_epochs"]
+
+
+def test_tasks_of_own_validation_rows_are_matched_by_name(cohort, modalities):
+    y = pd.DataFrame({"a": cohort.y, "b": np.arange(len(cohort.y)) % 2})
+    fits = [
+        FusionClassifier(modalities, **FAST).fit(cohort.X, y, X_val=cohort.X, y_val=y_val)
+        for y_val in (y, y[["b", "a"]])
+    ]
+    assert fits[0].history_ == fits[1].history_
+
+
+def test_device_reaches_frozen_models(cohort, monkeypatch, tmp_path):
+    """A Text or Image without a device of its own encodes where the estimator runs."""
+    seen, model = [], _hub._model
+
+    def watched(info, device):
+        seen.append(device)
+        return model(info, device)
+
+    monkeypatch.setattr(_hub, "_model", watched)
+    text = Text("note", model=write_bert(tmp_path / "bert"), chunk_length=16, max_length=16)
+    clf = FusionClassifier({"note": text}, device="cpu", **FAST)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    clf.fit(cohort.X.head(40), cohort.y[:40]).predict_proba(cohort.X.tail(10))
+    assert set(seen) == {"cpu"}

@@ -11,6 +11,7 @@ from ehrfuse.modalities._base import describe
 from ehrfuse.nn.numeric import NumericFeatures
 
 COLUMNS_AT_ONCE = 64  # a sort copies its input, so wide tables are sorted in strips
+ROWS_AT_ONCE = 2048
 MIN_KNOWN = 20
 MIN_MISSING = 5
 
@@ -126,12 +127,15 @@ def vector_scale(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     A feature that hardly varies beside the others is noise: its spread counts as a tenth of theirs.
     """
-    if not len(vectors):
-        return np.zeros(vectors.shape[1], "float32"), np.ones(vectors.shape[1], "float32")
-    spread = vectors.std(0, dtype="float64")
-    least = 0.1 * np.sqrt((spread**2).mean())
-    scale = np.maximum(spread, least if least > 0 else 1.0)
-    return vectors.mean(0, dtype="float64").astype("float32"), scale.astype("float32")
+    n, size = vectors.shape
+    if not n:
+        return np.zeros(size, "float32"), np.ones(size, "float32")
+    parts = range(0, n, ROWS_AT_ONCE)  # a deviation in float64 is twice its vectors
+    mean = sum(vectors[i : i + ROWS_AT_ONCE].sum(0, dtype="float64") for i in parts) / n
+    square = sum(((vectors[i : i + ROWS_AT_ONCE] - mean) ** 2).sum(0) for i in parts) / n
+    least = 0.1 * np.sqrt(square.mean())
+    scale = np.maximum(np.sqrt(square), least if least > 0 else 1.0)
+    return mean.astype("float32"), scale.astype("float32")
 
 
 def edges_of(table: np.ndarray, n_bins: int) -> np.ndarray:

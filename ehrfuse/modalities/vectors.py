@@ -59,7 +59,7 @@ class Embedding(Modality):
             first = self._vector(column.iloc[known[0]], known[0], None)
             self.size_ = len(first)
         values = self._values(cells, column.notna().to_numpy(dtype=bool))
-        self.scale_ = vector_scale(values[known])
+        self.scale_ = vector_scale(values if len(known) == len(values) else values[known])
 
     def _read(self, cells, present):
         return Block(present, {"values": self._values(cells, present)})

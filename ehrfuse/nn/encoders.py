@@ -286,7 +286,7 @@ class WordEncoder(nn.Module):
     """
 
     # Weights of a note are small and a fit is short, so the vectors of words take large steps.
-    LR_SCALE, GAIN = 30.0, 10.0
+    LR_SCALE, GAIN = 10.0, 3.0
 
     def __init__(self, n_words: int, d_model: int, dropout: float = 0.0) -> None:
         super().__init__()

@@ -132,3 +132,13 @@ def test_learned_from_the_rows_given_only():
     np.testing.assert_array_equal(a.scale_.center, b.scale_.center)
     np.testing.assert_array_equal(a.features_["edges"], b.features_["edges"])
     assert list(a.categories_["c"]) == list(b.categories_["c"])
+
+
+@pytest.mark.parametrize("kind", [Tabular, Labs])
+def test_large_numbers_keep_their_last_digits(kind):
+    """Seconds since 1970 differ by minutes: float32 alone would round them together."""
+    start = 1_700_000_000
+    X = pd.DataFrame({"clock": start + np.arange(0.0, 60.0)})
+    values = kind(["clock"]).fit(X).transform(X).arrays["values"][:, 0]
+    assert len(np.unique(values)) == 60
+    np.testing.assert_allclose(np.diff(values), np.diff(values).mean(), rtol=1e-4)

@@ -277,3 +277,24 @@ def test_the_network_of_pictures_keeps_types_and_gradients():
     assert encoder.double()({"pixels": torch.zeros(2, 64, 64, dtype=torch.uint8)})[0].dtype == (
         torch.float64
     )
+
+
+def test_the_length_of_a_vector_says_something():
+    """Vectors of length one, and parallel ones, are told apart; a layer norm would not."""
+    X = pd.DataFrame({"v": [np.array([float(i)]) for i in range(30)]})
+    modality = Embedding("v", dropout=0.0).fit(X)
+    block = modality.transform(X)
+    torch.manual_seed(0)
+    tokens, _ = modality.make_encoder(8)(block.take(np.arange(30)))
+    assert len(np.unique(tokens[:, 0, 0].detach().numpy().round(6))) == 30
+
+
+def test_the_scale_of_vectors_is_learned_in_fit_and_steady_features_stay_quiet():
+    rng = np.random.default_rng(0)
+    vectors = np.column_stack([rng.normal(5, 2, 5000), 1e-9 * rng.normal(size=5000)])
+    X = pd.DataFrame({"v": list(vectors)})
+    center, scale = Embedding("v").fit(X).scale_
+    np.testing.assert_allclose(center[0], vectors[:, 0].mean(), rtol=1e-5)
+    np.testing.assert_allclose(scale[0], vectors[:, 0].std(), rtol=1e-5)
+    assert scale[1] > 0.1
+    assert np.isfinite(Embedding("v").fit(X.head(0)).scale_).all()

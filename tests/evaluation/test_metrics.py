@@ -320,9 +320,9 @@ def test_interval_covers_the_truth_and_groups_widen_it():
 
 def test_bootstrap_is_fast_enough():
     y, p, _ = simulate(4000)
-    start = time.perf_counter()
+    start = time.process_time()
     bootstrap_scores(y, p, random_state=0)
-    assert time.perf_counter() - start < 15
+    assert time.process_time() - start < 15
 
 
 def test_one_row_and_few_rows():

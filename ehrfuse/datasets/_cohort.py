@@ -61,6 +61,7 @@ def build(source, task, labs="events", cache=None):
         y=y,
         groups=X["subject_id"].to_numpy(),
         modalities=kept,
+        landmark=rows.landmark.to_numpy(),
         flow=flow,
         found=sorted(source.tables.files),
         missing=source.missing(),

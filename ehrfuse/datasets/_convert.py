@@ -132,8 +132,8 @@ def _convert(path, target, bar):
     except pa.ArrowInvalid as error:
         what = str(error).partition(": invalid value")[0]  # not what stands in the cell
         raise ValueError(
-            f"{str(path)!r} cannot be converted ({what.splitlines()[0][:200]}); nothing was written. "
-            "Fetch the table again."
+            f"{str(path)!r} cannot be converted ({what.splitlines()[0][:200]}); nothing was "
+            "written. Fetch the table again."
         ) from None
     except OSError as error:
         raise _told(error, path, target) from error

@@ -175,7 +175,9 @@ class Mimic(Source):
         )
         frame = self._admitted(hospital[hospital["edregtime"].notna()], "admission")
         frame = frame.assign(start=frame["edregtime"], since=frame["edregtime"])
-        return frame.sort_values(["subject_id", "start", "hadm_id"], ignore_index=True)
+        frame = frame.sort_values(["subject_id", "start", "hadm_id"], ignore_index=True)
+        # The record of the admission that follows is not yet there: take the one before.
+        return frame.assign(race=frame.groupby("subject_id")["race"].shift(1))
 
     def _died_in_icu(self, frame):
         died = (frame["died"] == 1) & (frame["death"] <= frame["outtime"])
@@ -228,7 +230,7 @@ class Mimic(Source):
         numbers = {"subject_id": frame["subject"]}
         if rows.unit != "ed":
             numbers["hadm_id"] = frame["admission"].astype("int64")
-        if rows.unit == "icu" or self.tables.has("edstays") and rows.unit == "ed":
+        if rows.unit == "icu" or (self.tables.has("edstays") and rows.unit == "ed"):
             numbers["stay_id"] = frame["stay"].astype("int64")
         X = pd.DataFrame(
             numbers

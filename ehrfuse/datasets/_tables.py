@@ -121,7 +121,7 @@ def header_of(path):
             return [name.lower() for name in pq.read_schema(path).names]
         except Exception as error:
             raise ValueError(
-                f"{str(path)!r} is not a readable Parquet file; delete it and make or fetch it again."
+                f"{str(path)!r} is not a readable Parquet file; delete it and make it again."
             ) from error
     try:
         with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as file:

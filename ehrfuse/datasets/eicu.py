@@ -34,8 +34,8 @@ nursingchartentryoffset BIGINT?, nursingchartcelltypevallabel VARCHAR, \
 nursingchartcelltypevalname VARCHAR, nursingchartvalue VARCHAR
 respiratorycharting: patientunitstayid BIGINT, respchartoffset BIGINT, \
 respchartentryoffset BIGINT?, respchartvaluelabel VARCHAR, respchartvalue VARCHAR
-intakeoutput: patientunitstayid BIGINT, intakeoutputoffset BIGINT, intakeoutputentryoffset BIGINT?, \
-cellpath VARCHAR, cellvaluenumeric DOUBLE
+intakeoutput: patientunitstayid BIGINT, intakeoutputoffset BIGINT, \
+intakeoutputentryoffset BIGINT?, cellpath VARCHAR, cellvaluenumeric DOUBLE
 medication: patientunitstayid BIGINT, drugorderoffset BIGINT, drugstartoffset BIGINT, \
 drugordercancelled VARCHAR?, drugname VARCHAR?
 infusiondrug: patientunitstayid BIGINT, infusionoffset BIGINT, drugname VARCHAR
@@ -50,8 +50,8 @@ admissiondx: patientunitstayid BIGINT, admitdxenteredoffset BIGINT, admitdxpath 
 careplangeneral: patientunitstayid BIGINT, cplitemoffset BIGINT, cplgroup VARCHAR, \
 cplitemvalue VARCHAR
 """
-ABOUT = """eICU Collaborative Research Database (https://physionet.org/content/eicu-crd/). The data are
-under the licence of their release (full: PhysioNet Credentialed Health Data License; demo: Open
+ABOUT = """eICU Collaborative Research Database (https://physionet.org/content/eicu-crd/). The data
+are under the licence of their release (full: PhysioNet Credentialed Health Data License; demo: Open
 Database License 1.0). Please cite Pollard TJ et al., Scientific Data 2018;5:180178, and Goldberger
 AL et al., Circulation 2000;101:e215-e220."""
 
@@ -97,9 +97,9 @@ def load_eicu(
     ----------
     root : str, Path, list of these, or an Ibis connection
         Folder of the release, ``.csv.gz``, ``.csv`` or Parquet. What is absent is left out and
-        listed. A table ``hourly_labs_vitals.parquet`` of hourly values with ricu's names, where there
-        is one, takes the place of the tables of measurements. A connection reads the same tables
-        in a warehouse (extra ``warehouse``).
+        listed. A table ``hourly_labs_vitals.parquet`` of hourly values with ricu's names, where
+        there is one, takes the place of the tables of measurements. A connection reads the same
+        tables in a warehouse (extra ``warehouse``).
     task : str, Task or list of these, default=("in_hospital_mortality", "later_icu_stay")
         Tasks of unit ``"icu"``. By default both are predicted at 24 hours, for all unit stays of at
         least 24 hours.

@@ -95,8 +95,9 @@ def load_meds(
 
     Notes
     -----
-    MEDS has one time per event and none of storage: an event counts from its time. Discharge codes of
-    MIMIC-IV as MEDS are timed at the discharge. An admission ends with the first discharge after it.
+    MEDS has one time per event and none of storage: an event counts from its time. Discharge codes
+    of MIMIC-IV as MEDS are timed at the discharge. An admission ends with the first discharge after
+    it.
 
     Examples
     --------
@@ -151,7 +152,8 @@ class Meds(Mimic):
                   "race")  # fmt: skip
         rule = " OR ".join(self._starts(codes[kind]) for kind in starts)
         found = tables.query(
-            f"SELECT DISTINCT subject_id, time, code FROM {self.data} t WHERE {rule} ORDER BY 1, 2, 3"
+            f"SELECT DISTINCT subject_id, time, code FROM {self.data} t WHERE {rule} "
+            "ORDER BY 1, 2, 3"
         ).to_pandas()
         self.found = found
         self.patients = self._people()
@@ -198,7 +200,8 @@ class Meds(Mimic):
         people["gender"] = one("sex", "rest").str[:1].str.upper()
         people["race"] = one("race", "rest")
         people["dob"] = one("birth", "time")
-        people["dod"] = one("death", "time")
+        death = one("death", "time")  # a date is some time before the end of that day
+        people["dod"] = death.where(death != death.dt.normalize(), death + pd.Timedelta(days=1))
         return people.rename_axis("subject_id").reset_index()
 
     def _spans(self, begin, end, start, stop):
@@ -227,8 +230,8 @@ class Meds(Mimic):
         adm["hadm_id"] = np.arange(len(adm))
         death = adm["subject_id"].map(self.patients.set_index("subject_id")["dod"])
         inside = (death >= adm["admittime"]) & (death <= adm["dischtime"])
-        adm["deathtime"] = death.where(inside)
         died = (adm["how"] == self.codes["died"]) | inside
+        adm["deathtime"] = pd.concat([death, adm["dischtime"]], axis=1).min(axis=1).where(died)
         adm["hospital_expire_flag"] = died.astype(float).where(adm["dischtime"].notna())
         elective = adm["code"].str.startswith(self.codes["elective"])
         adm["admission_type"] = np.where(elective, "ELECTIVE", adm["kind"].replace("", None))

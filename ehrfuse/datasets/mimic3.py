@@ -14,9 +14,9 @@ noteevents: subject_id BIGINT, hadm_id BIGINT?, chartdate TIMESTAMP, charttime T
 storetime TIMESTAMP?, category VARCHAR, iserror BIGINT?, text VARCHAR
 """
 )
-ABOUT = """MIMIC-III (https://physionet.org/content/mimiciii/). The data are under the licence of their
-release (full: PhysioNet Credentialed Health Data License; demo: Open Database License 1.0). Please
-cite Johnson AEW et al., Scientific Data 2016;3:160035, and Goldberger AL et al., Circulation
+ABOUT = """MIMIC-III (https://physionet.org/content/mimiciii/). The data are under the licence of
+their release (full: PhysioNet Credentialed Health Data License; demo: Open Database License 1.0).
+Please cite Johnson AEW et al., Scientific Data 2016;3:160035, and Goldberger AL et al., Circulation
 2000;101:e215-e220."""
 DISCHARGE, RADIOLOGY = "discharge summary", "radiology"
 

@@ -26,9 +26,9 @@ cxr_metadata: subject_id BIGINT, study_id BIGINT, dicom_id VARCHAR, viewposition
 studydate BIGINT, studytime DOUBLE
 """
 )
-ABOUT = """MIMIC-IV (https://physionet.org/content/mimiciv/). The data are under the licence of their
-release (full: PhysioNet Credentialed Health Data License; demo: Open Database License 1.0). Please
-cite Johnson AEW et al., Scientific Data 2023;10:1, and Goldberger AL et al., Circulation
+ABOUT = """MIMIC-IV (https://physionet.org/content/mimiciv/). The data are under the licence of
+their release (full: PhysioNet Credentialed Health Data License; demo: Open Database License 1.0).
+Please cite Johnson AEW et al., Scientific Data 2023;10:1, and Goldberger AL et al., Circulation
 2000;101:e215-e220."""
 VITALS = {  # columns of the emergency department
     "heartrate": "heart_rate", "resprate": "respiratory_rate", "o2sat": "spo2",
@@ -64,8 +64,8 @@ def load_mimic4(
         Whether `modalities` reads laboratory panels as events, or the latest value of every
         analyte (for estimators that read `Labs`). X holds both.
     image_embeddings : path or DataFrame, default=None
-        Vectors of films, with columns ``dicom_id`` and ``embedding``: the modality ``cxr`` is then an
-        `Embedding` instead of an `Image`.
+        Vectors of films, with columns ``dicom_id`` and ``embedding``: the modality ``cxr`` is then
+        an `Embedding` instead of an `Image`.
     cache : path, default=None
         Folder that keeps finished inputs, without texts, for the next call.
     memory_limit : str, default="512MB"
@@ -90,6 +90,8 @@ def load_mimic4(
             Patient.
         modalities : dict of str to Modality
             Ready for any estimator. No variable stands in two of them.
+        landmark : array of shape (n_rows,)
+            Prediction times on the clock of the source; no input.
         flow : DataFrame
             Cohort flow: rows and patients left out and left after every step of every task.
         found, missing : list of str
@@ -215,7 +217,8 @@ class Mimic4(Mimic):
         if self.tables.has("omr"):
             value = "TRY_CAST(result_value AS DOUBLE)"
             parts.append(f"""
-                SELECT subject_id AS key, {dated("chartdate")} AS time, {dated("chartdate")} AS known,
+                SELECT subject_id AS key, {dated("chartdate")} AS time,
+                       {dated("chartdate")} AS known,
                        CASE WHEN result_name LIKE 'Height%' THEN 'height' ELSE 'weight' END AS item,
                        {value} * CASE WHEN result_name LIKE 'Height%' THEN 2.54
                                       ELSE 0.45359237 END AS value

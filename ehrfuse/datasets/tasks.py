@@ -1,8 +1,8 @@
 """Prediction tasks: when is predicted, for whom, and what.
 
-A `Task` is read against a frame of candidates, one row per stay, admission, discharge or arrival. All
-its times are hours after the start of that unit, whatever the source, NaN where it did not happen
-or is not known:
+A `Task` is read against a frame of candidates, one row per stay, admission, discharge or arrival.
+All its times are hours after the start of that unit, whatever the source, NaN where it did not
+happen or is not known:
 
 =====================  ===========================================================================
 ``subject, admission, stay``  identifiers; ``stay`` is the intensive-care stay
@@ -344,8 +344,8 @@ def critical_outcome(hours=1, icu_within=12, death_within=None, min_age=18):
 
     References
     ----------
-    .. [1] Xie F et al. Benchmarking emergency department prediction models with machine learning and
-       public electronic health records. Scientific Data 2022;9:658.
+    .. [1] Xie F et al. Benchmarking emergency department prediction models with machine learning
+       and public electronic health records. Scientific Data 2022;9:658.
     """
 
     def label(c):

@@ -5,11 +5,13 @@ Names and units are the same whatever the source, so that a model fitted on one 
 another.
 
 Ranges are the outlier limits of MIMIC-Extract [1]_ (its table for MIMIC-IV), outside of which that
-pipeline too treats a value as missing; an analyte that it does not list must not be negative, and
-a percentage must not exceed 100. (Its limit of the partial thromboplastin time, 150 s, is where some
-analysers stop and no sign of an error; it is left out.) Item numbers of MIMIC stand in its dictionaries ``d_labitems`` and
-``d_items``; those of urine are the ones of the MIMIC code repository [2]_. eICU names stand in its
-table ``lab``, short names are those of ricu [3]_, in which hourly tables of other databases come.
+pipeline too treats a value as missing. An analyte that it does not list must not be negative, and a
+percentage must not exceed 100. Left out is its limit of 150 s for the partial thromboplastin time,
+where some analysers stop. Height and weight have limits of our own.
+
+Item numbers of MIMIC stand in its dictionaries ``d_labitems`` and ``d_items``; those of urine are
+the ones of the MIMIC code repository [2]_. eICU names stand in its table ``lab``; short names are
+those of ricu [3]_, in which hourly tables of other databases come.
 
 References
 ----------

@@ -20,6 +20,7 @@ EVENTS = {
     "noteevents": ("chartdate+", "charttime", "storetime"),
     "vitalsign": ("charttime",),
 }
+KEPT = ("patientunitstayid", "itemid", "hour", "seq_num", "icd_version", "error", "iserror")
 CODED = ("diagnoses_icd", "procedures_icd", "drgcodes")
 
 
@@ -69,9 +70,11 @@ def alter_cells(frame, at, keep=()):
     frame = frame.copy()
     for column in frame.columns:
         keyed = column.endswith(("_id", "time", "date", "offset")) or column in keep
-        if keyed or column in ("patientunitstayid", "itemid", "hour", "seq_num", "icd_version"):
+        if keyed or column in KEPT:
             continue
-        if pd.to_numeric(frame[column], errors="coerce").notna().sum() > frame[column].notna().sum() / 2:
+        if frame[column].dtype.kind in "fi":
+            frame.loc[at, column] = 77
+        elif pd.to_numeric(frame[column], errors="coerce").notna().any():
             frame.loc[at, column] = "77"
         else:
             frame.loc[at, column] = "ALTERED"
@@ -149,8 +152,11 @@ class Mimic:
         if "hospital_expire_flag" in out:
             flipped = (1 - out["hospital_expire_flag"].astype(int)).astype(str)
             out["hospital_expire_flag"] = out["hospital_expire_flag"].where(~open_, flipped)
+        kept = begun
+        if "edregtime" in frame:  # who has arrived is there, whatever becomes of it
+            kept = begun | (pd.to_datetime(frame["edregtime"]).to_numpy() <= at)
         if mode == "remove":
-            return out[begun]
+            out, begun = out[kept].copy(), begun[kept]
         later = {"admission_type": "ELECTIVE", "first_careunit": "OTHER", "race": "OTHER"}
         for column, value in later.items():
             if column in out:
@@ -220,8 +226,10 @@ class Meds:
 
     ends = ("HOSPITAL_DISCHARGE", "ICU_DISCHARGE")
 
-    def __init__(self, events, landmark):
+    def __init__(self, events, landmark, arrivals=False):
         self.events, self.landmark = events, landmark
+        if arrivals:  # who has arrived is there, whatever becomes of it
+            self.ends = (*self.ends, "HOSPITAL_ADMISSION")
 
     def rewrite(self, mode):
         """Events with the future removed or altered; the ends of what is going on are moved."""
@@ -234,7 +242,7 @@ class Meds:
             found = events[at].drop_duplicates("subject_id").index
             first |= events.index.isin(found)
         # Everything of the landmark's day may follow; the ends move by days.
-        events.loc[first, "time"] += SHIFT
+        events.loc[first & (kind != "HOSPITAL_ADMISSION").to_numpy(), "time"] += SHIFT
         events.loc[first, "code"] = kind[first] + "//ALTERED"
         other = after & ~first
         if mode == "remove":

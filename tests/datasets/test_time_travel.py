@@ -77,7 +77,7 @@ def mimic4(shared_data, tmp_path_factory):
     tables = time_machine.read_tables(
         shared_data / "mimic-iv-demo-2.2", time_machine.Mimic.tables
     )
-    tables = few(tables, 40)
+    tables = few(tables, 25)
     return tables, time_machine.write_tables(tables, tmp_path_factory.mktemp("mimic4")), {}
 
 
@@ -86,7 +86,7 @@ def mimic3(shared_data, tmp_path_factory):
     tables = time_machine.read_tables(
         shared_data / "mimic-iii-demo-1.4", time_machine.Mimic.tables
     )
-    tables = few(tables, 12)
+    tables = few(tables, 8)
     tables["noteevents"] = _notes(tables["admissions"])  # the demo's table is empty
     return tables, time_machine.write_tables(tables, tmp_path_factory.mktemp("mimic3")), {}
 
@@ -113,7 +113,7 @@ def _notes(admissions):
 def modules(tmp_path_factory):
     """All modules of MIMIC-IV: charts, notes, emergency department and films."""
     folder = tmp_path_factory.mktemp("modules")
-    make_mimic4(folder / "raw", 12_000, "csv", charted=60, notes=True, seed=3)
+    make_mimic4(folder / "raw", 9_000, "csv", charted=60, notes=True, seed=3)
     tables = time_machine.read_tables(folder / "raw", time_machine.Mimic.tables)
     films = tables["cxr_metadata"]["dicom_id"]
     vectors = np.random.default_rng(0).normal(size=(len(films), 4)).astype("float32")
@@ -166,7 +166,7 @@ def test_all_inputs_of_all_modules_are_there(modules):
 def test_eicu(task, hourly, shared_data, tmp_path):
     names = set(time_machine.Eicu.tables) - (set() if hourly else {"hourly_labs_vitals"})
     tables = time_machine.read_tables(shared_data / "eicu-crd-demo-2.0.1", names)
-    few_stays = tables["patient"]["patienthealthsystemstayid"].drop_duplicates().head(250)
+    few_stays = tables["patient"]["patienthealthsystemstayid"].drop_duplicates().head(120)
     keep = tables["patient"]["patienthealthsystemstayid"].isin(few_stays)
     keep = set(tables["patient"].loc[keep, "patientunitstayid"])
     tables = {
@@ -196,11 +196,12 @@ def by_stay(X, chosen):
 @pytest.mark.parametrize("unit", list(TASKS))
 def test_meds(unit, shared_data, tmp_path):
     events = pd.read_parquet(shared_data / "mimic-iv-demo-meds" / "data" / "events.parquet")
-    events = events[events["subject_id"].isin(events["subject_id"].unique()[:30])]
+    events = events[events["subject_id"].isin(events["subject_id"].unique()[:15])]
     events = events.reset_index(drop=True)
     data = load_meds(write_meds(events, tmp_path / "raw"), TASKS[unit])
     rows, keys = choose(data.X)
-    machine = time_machine.Meds(events, pd.Series(data.landmark[rows], index=data.groups[rows]))
+    landmark = pd.Series(data.landmark[rows], index=data.groups[rows])
+    machine = time_machine.Meds(events, landmark, arrivals=unit == "ed")
     before = cells(data.X, keys)
     for mode in ["alter"] if unit == "phenotyping" else ["alter", "remove"]:
         after = load_meds(write_meds(machine.rewrite(mode), tmp_path / mode), TASKS[unit])

@@ -140,7 +140,10 @@ class Retriever:
         self._summarised, self._member_share = np.zeros(0, dtype="int64"), None
         if communities is not None:
             summaries = graph.summaries(communities)
-            self._summarised = np.array([i for i, s in enumerate(summaries) if s], dtype="int64")
+            # One that tells a single fact would say it twice.
+            single = {"", *self.texts}
+            several = [i for i, s in enumerate(summaries) if s not in single]
+            self._summarised = np.array(several, dtype="int64")
             members = communities.members[self._summarised]
             size = sparse.diags_array(1 / np.maximum(communities.size[self._summarised], 1))
             self._member_share = (size @ members).tocsr().astype("float32")
@@ -201,7 +204,7 @@ class Retriever:
         docs, scores, mass = [], [], []
         for start in range(0, len(queries), BATCH):
             rows = seeds[start : start + BATCH]
-            part = personalized_pagerank(self._walk, rows, self.follow, self.n_steps)
+            part = self.walk(rows)
             lists = self._ranked(part, rows, queries[start : start + BATCH])
             for i in range(rows.shape[0]):
                 d, s = self._choose([ranked[i] for ranked in lists], rows[[i]])
@@ -210,6 +213,19 @@ class Retriever:
             mass.append(part.T)
         empty = np.zeros((0, self.graph.n_nodes), dtype="float32")
         return Retrieved(docs, scores, np.concatenate(mass or [empty]))
+
+    def walk(self, seeds) -> np.ndarray:
+        """Where walks from every row's seeds stay.
+
+        Parameters
+        ----------
+        seeds : sparse array (n_rows, n_nodes)
+
+        Returns
+        -------
+        mass : float32 array (n_nodes, n_rows)
+        """
+        return personalized_pagerank(self._walk, seeds, self.follow, self.n_steps)
 
     def _ranked(self, mass, seeds, queries):
         """For every ranker, the best documents of every row, best first."""

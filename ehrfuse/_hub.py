@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -427,7 +428,10 @@ def add_lora(
     config = peft.LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none"
     )
-    with _quiet():
+    with _quiet(), warnings.catch_warnings():
+        # peft asks transformers by a name that is on its way out.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", module="trans")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="peft")
         return peft.get_peft_model(model, config)
 
 

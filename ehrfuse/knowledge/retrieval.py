@@ -293,9 +293,14 @@ class Retriever:
         -------
         docs : integer array
         """
-        order = rng.permutation(len(self.texts)) if n_words else np.zeros(0, dtype="int64")
-        total = np.cumsum(self.lengths[order])
-        return order[: int(np.searchsorted(total, n_words, side="right"))]
+        chosen, least = [], self.lengths.min(initial=1)
+        for doc in rng.permutation(len(self.texts)):
+            if self.lengths[doc] <= n_words:
+                chosen.append(doc)
+                n_words -= self.lengths[doc]
+            if n_words < least:
+                break
+        return np.array(chosen, dtype="int64")
 
 
 def _nodes_in(texts, linker):

@@ -77,8 +77,9 @@ class _Table(TransformerMixin, BaseEstimator):
     """Numeric columns as they are, other columns one by one per category."""
 
     def fit(self, X, y=None):
-        self.numeric_ = [c for c in X if _is_numeric(X[c])]
-        self.words_ = [c for c in X if c not in self.numeric_]
+        seen = [c for c in X if X[c].notna().any()]  # what no row had stays absent
+        self.numeric_ = [c for c in seen if pd.api.types.is_numeric_dtype(X[c].dtype)]
+        self.words_ = [c for c in seen if c not in self.numeric_]
         self.encoder_ = None
         if self.words_:
             self.encoder_ = OneHotEncoder(
@@ -99,19 +100,20 @@ class _Table(TransformerMixin, BaseEstimator):
         return table.where(table.notna(), "(none)").astype(str)
 
 
-def _is_numeric(column):
-    return pd.api.types.is_numeric_dtype(column.dtype) or not column.notna().any()
-
-
 def _numbers(table):
-    numbers = table.apply(lambda c: c.to_numpy(dtype="float64", na_value=np.nan))
-    numbers = pd.DataFrame(numbers, index=table.index, columns=table.columns)
-    bad = [c for c in numbers if np.isinf(numbers[c]).any()]
-    if bad:
-        raise ValueError(
-            f"Column {bad[0]!r} holds infinity; replace it by a finite number or null."
-        )
-    return numbers
+    columns = {}
+    for name in table:
+        try:
+            columns[name] = table[name].to_numpy(dtype="float64", na_value=np.nan)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"Column {name!r} held numbers in fit, now {table[name].dtype}; convert it."
+            ) from error
+        if np.isinf(columns[name]).any():
+            raise ValueError(
+                f"Column {name!r} holds infinity; replace it by a finite number or null."
+            )
+    return pd.DataFrame(columns, index=table.index)
 
 
 def _visit_numbers(name, modality, X):
@@ -123,9 +125,8 @@ def _visit_numbers(name, modality, X):
     last = np.maximum(offsets[1:] - 1, 0)
     columns = {f"{name}__n_visits": count.astype(float)}
     for part, names in (("time", ["last_visit"]), ("numbers", modality.numeric_fields_)):
-        flat = np.asarray(block.ragged[part][0], dtype=float).reshape(
-            len(block.ragged[part][0]), -1
-        )
+        flat = np.asarray(block.ragged[part][0], dtype=float)
+        flat = flat[:, None] if flat.ndim == 1 else flat
         for j, field in enumerate(names):
             values = np.full(n, np.nan)
             if len(flat):

@@ -57,8 +57,9 @@ class KnowledgeAugmentedRiskModel(TorchClassifier):
         (imbalanced-learn), a logistic regression, or any classifier of numbers with holes in.
     n_splits : int, default=5
         Folds of the cross-fitting.
-    class_weight : "balanced" or None, default=None
-        For the built-in parts of both stages but "xgboost". Calibration undoes the shift.
+    class_weight : dict, "balanced" or None, default=None
+        For the built-in parts of both stages but "xgboost". Calibration undoes the shift of
+        probabilities.
     calibrate : {"sigmoid", "isotonic", None}, default="sigmoid"
         Learned from out-of-fold predictions of stage 2.
     threshold : float, "youden", "f1" or ("sensitivity", float), default=0.5
@@ -214,7 +215,6 @@ class KnowledgeAugmentedRiskModel(TorchClassifier):
         options = {
             "rationale": (None, "extractive", "generate"),
             "calibrate": (None, "sigmoid", "isotonic"),
-            "class_weight": (None, "balanced"),
         }
         for name, allowed in options.items():
             check_option(getattr(self, name), name, allowed)
@@ -236,6 +236,18 @@ class KnowledgeAugmentedRiskModel(TorchClassifier):
                 f"threshold={rule!r} is not known; use a number from 0 to 1, 'youden', 'f1' or "
                 "('sensitivity', 0.8)."
             )
+
+    def _class_weight(self):
+        """Weights by number of the class, as the parts of both stages see them."""
+        if not isinstance(self.class_weight, dict):
+            return self.class_weight
+        return {i: self.class_weight.get(c, 1.0) for i, c in enumerate(self.classes_)}
+
+    def _make_target(self, y):
+        target = super()._make_target(y)  # says what is wrong with weights
+        if target.task_names is not None and isinstance(self.class_weight, dict):
+            raise ValueError("class_weight of several tasks is 'balanced' or None.")
+        return target
 
     def _fit_knowledge(self, X):
         self.knowledge_ = None
@@ -287,7 +299,7 @@ class KnowledgeAugmentedRiskModel(TorchClassifier):
         task = _Task(self._reader(seed), self._n_classes, self.rationale, self.rationale_dim, seed)
         task.fit_reader(frame, y, folds, self._sentences)
         Z = task.join(numbers, *task.held_out)
-        stage2 = two.second_stage(self.stage2, self.class_weight, seed)
+        stage2 = two.second_stage(self.stage2, self._class_weight(), seed)
         held_out = np.zeros((len(y), self._n_classes))
         if self.calibrate is not None or isinstance(self.threshold, str | tuple | list):
             for train, test in folds:
@@ -323,13 +335,13 @@ class KnowledgeAugmentedRiskModel(TorchClassifier):
                 self.model, notes=tuple(self._notes), knowledge=facts, random_state=seed,
                 labels=("no", "yes") if self._n_classes == 2
                 else tuple(map(str, range(self._n_classes))),
-                class_weight=self.class_weight, device=self.device,
+                class_weight=self._class_weight(), device=self.device,
             )  # fmt: skip
         texts = {m.columns_[0]: m for m in self.modalities_.values() if isinstance(m, Text)}
         numbers = [] if facts is None else self.knowledge_.columns_out_[1:]
         return two.linear_reader(
             texts, facts, numbers, encoder=self.model if self.stage1 == "hf-encoder" else None,
-            class_weight=self.class_weight, random_state=seed,
+            class_weight=self._class_weight(), random_state=seed,
         )  # fmt: skip
 
     def _sentences(self, frame):

@@ -222,7 +222,7 @@ def linear_reader(notes, knowledge, numbers, *, encoder, class_weight, random_st
 
     `notes` maps a column to its `Text`; `knowledge` is a column or None.
     """
-    parts = []
+    parts = [("(one)", Ones(), [*notes, *numbers][:1])]
     for column, text in notes.items():
         if encoder is None:
             parts.append((column, Words(text.min_count, text.max_words), [column]))
@@ -239,6 +239,21 @@ def linear_reader(notes, knowledge, numbers, *, encoder, class_weight, random_st
         random_state=random_state,
     )  # fmt: skip
     return make_pipeline(ColumnTransformer(parts, sparse_threshold=1.0), model)
+
+
+class Ones(TransformerMixin, BaseEstimator):
+    """One column of ones, so that a reader of notes without a known word still reads something."""
+
+    def fit(self, X, y=None):
+        """Nothing is learned."""
+        return self
+
+    def transform(self, X):
+        """Ones."""
+        return np.ones((len(X), 1))
+
+    def __sklearn_is_fitted__(self):
+        return True
 
 
 class RationaleVectors:

@@ -9,6 +9,8 @@ import torch
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _TEXT = "the no pain chest fever patient with of and was cough normal left right heart"
 WORDS = _TEXT.split()
+_PROMPT = "yes risk note knowledge answer question is there a : . , ? 0 1 2 3 4 5 6 7 8 9"
+CAUSAL_WORDS = [*WORDS, *_PROMPT.split()]
 
 
 def _vocabulary() -> list[str]:
@@ -70,6 +72,32 @@ def write_modernbert(folder, *, seed=0, hidden=16, positions=128) -> str:
         sep_token_id=3,
     )  # fmt: skip
     return _write(ModernBertModel, config, folder, seed, positions, True)
+
+
+def write_llama(folder, *, seed=0, hidden=16, positions=256) -> str:
+    """A Llama causal language model of two layers with a tokenizer of words."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    words = {word: i for i, word in enumerate(["<s>", "</s>", "<unk>", *CAUSAL_WORDS])}
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=hidden, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, intermediate_size=2 * hidden, max_position_embeddings=positions,
+        bos_token_id=0, eos_token_id=1, initializer_range=0.2,
+    )  # fmt: skip
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(seed)
+        _save(LlamaForCausalLM(config), folder)
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.normalizer = normalizers.Lowercase()
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        model_max_length=positions,
+    ).save_pretrained(folder)  # fmt: skip
+    return str(folder)
 
 
 def _write(kind, config, folder, seed, positions, safe) -> str:

@@ -4,6 +4,8 @@ Blood pressure, glucose and weight drift with two latent risks; who is at risk c
 has more taken. It stands in for records that cannot be shared and shows no more than itself.
 """
 
+from itertools import pairwise
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -226,7 +228,7 @@ def _by_week(women, visits, task):
 def _own(visits, n):
     """For each woman, the places of her visits; visits are sorted by woman."""
     ends = np.searchsorted(visits["woman"].to_numpy(), np.arange(n + 1))
-    return [np.arange(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    return [np.arange(a, b) for a, b in pairwise(ends)]
 
 
 def _column(visits, rows, picks):

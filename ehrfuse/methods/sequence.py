@@ -246,13 +246,9 @@ class SequenceClassifier(_Sequence, TorchClassifier):
         Weights of the classes in the loss; probabilities shift with them.
     max_epochs : int, default=20
         The learning rate falls along a cosine to zero over these epochs.
-    batch_size : int or "auto", default=64
-        "auto" is a twelfth of the training rows, at least 16 and at most 256.
-    lr : float, default=1e-3
-        Highest learning rate of AdamW.
     weight_decay : float, default=0.1
         Of weight matrices, decoupled (AdamW).
-    pretrained, freeze, patience, validation_fraction, groups : optional
+    pretrained, freeze, batch_size, lr, patience, validation_fraction, groups : optional
         See `ehrfuse.base.TorchEstimator`.
     memory, amp, random_state, device, verbose : optional
         See `ehrfuse.base.TorchEstimator`.
@@ -319,8 +315,8 @@ class SequenceClassifier(_Sequence, TorchClassifier):
         pretrained=None,
         freeze=(),
         max_epochs=20,
-        batch_size=64,
-        lr=1e-3,
+        batch_size="auto",
+        lr=2e-3,
         weight_decay=0.1,
         patience=None,
         validation_fraction=None,
@@ -373,13 +369,9 @@ class SequenceRegressor(_Sequence, TorchRegressor):
         Before the last layer.
     max_epochs : int, default=20
         The learning rate falls along a cosine to zero over these epochs.
-    batch_size : int or "auto", default=64
-        "auto" is a twelfth of the training rows, at least 16 and at most 256.
-    lr : float, default=1e-3
-        Highest learning rate of AdamW.
     weight_decay : float, default=0.1
         Of weight matrices, decoupled (AdamW).
-    pretrained, freeze, patience, validation_fraction, groups : optional
+    pretrained, freeze, batch_size, lr, patience, validation_fraction, groups : optional
         See `ehrfuse.base.TorchEstimator`.
     memory, amp, random_state, device, verbose : optional
         See `ehrfuse.base.TorchEstimator`.
@@ -420,8 +412,8 @@ class SequenceRegressor(_Sequence, TorchRegressor):
         pretrained=None,
         freeze=(),
         max_epochs=20,
-        batch_size=64,
-        lr=1e-3,
+        batch_size="auto",
+        lr=2e-3,
         weight_decay=0.1,
         patience=None,
         validation_fraction=None,

@@ -254,12 +254,21 @@ class TimeBias(nn.Module):
         if self.kind == "gap":
             gap = torch.log1p((time[:, :, None] - time[:, None]).abs())
             return gap[:, None] * self.weight.view(1, -1, 1, 1)
-        if self.table is not None:
-            place = (time - time.amin(1, keepdim=True)).round().long().clamp(0, 127)
-            position = self.table[place]
-        else:
-            position = sinusoids(time, self.frequencies)
+        clock, place = time.unique(return_inverse=True)
+        if len(clock) ** 2 > time.numel() * time.shape[1] // 4:
+            return self._of_positions(self._positions(time))
+        # Binned times are few: every pair of different times once, then looked up.
+        table = self._of_positions(self._positions(clock[None]))[0].permute(1, 2, 0)
+        pair = place[:, :, None] * len(clock) + place[:, None]
+        return F.embedding(pair, table.flatten(0, 1)).permute(0, 3, 1, 2)
+
+    def _of_positions(self, position: Tensor) -> Tensor:
         return PositionBias.apply(position, self.weight)
+
+    def _positions(self, time: Tensor) -> Tensor:
+        if self.table is not None:
+            return self.table[time.round().long().remainder(len(self.table))]
+        return sinusoids(time, self.frequencies)
 
 
 def frequencies(width: int, sign: float = -1.0) -> Tensor:

@@ -337,6 +337,14 @@ class RAPTHead(nn.Module):
         return self.out(F.dropout(torch.relu(self.hidden(torch.cat(row, 1))), 0.2, self.training))
 
 
+def hide_numbers(line, share):
+    """Hide a share of the numbers from each row, from all its visits alike."""
+    rows, n_numbers = line.value.shape[::2]
+    shown = torch.rand(rows, 1, n_numbers, device=line.value.device) >= share
+    observed = line.observed & shown
+    return line._replace(observed=observed, value=torch.where(observed, line.value, 0.0))
+
+
 class RAPTCore(RAPTBase):
     """The encoder with an outcome head.
 
@@ -358,7 +366,7 @@ class RAPTCore(RAPTBase):
             p.d_model, self.n_side + len(encoders), p.n_members, p.dropout,
             torch.from_numpy(target.start),
         )  # fmt: skip
-        self.target, self.n_outputs = target, p.d_model
+        self.target, self.dropout, self.n_outputs = target, p.dropout, p.d_model
 
     def patient(self, batch):
         """The patient vector z (b, d)."""
@@ -373,7 +381,10 @@ class RAPTCore(RAPTBase):
     def forward(self, batch):
         """Logits (b, e, k)."""
         side, there = self.side(batch)
-        z = self.represent(self.timeline(batch), side, there)
+        line = self.timeline(batch)
+        if self.training and self.dropout:
+            line = hide_numbers(line, self.dropout)
+        z = self.represent(line, side, there)
         vectors, here = [side], [there]
         for name, encoder in self.heads["summary"].items():
             vector, keep = self.one_vector(encoder, batch, name, "summary")
@@ -410,7 +421,7 @@ class RAPTPretrainer(_RAPT, TorchEncoder):
     modalities : dict of str to Modality, or None, default=None
         `Visits` and `Events` give the visits; `Tabular` and `Labs` stand beside them. As
         ``pretrained=`` of a classifier, None inherits the classifier's.
-    d_model : int, default=64
+    d_model : int, default=32
         Width of a visit's vector and of the patient vector.
     n_members : int, default=8
         Networks of `Tabular` modalities, trained side by side; as in the classifier.
@@ -498,7 +509,7 @@ class RAPTPretrainer(_RAPT, TorchEncoder):
         self,
         modalities=None,
         *,
-        d_model=64,
+        d_model=32,
         n_members=8,
         n_heads=4,
         n_layers=1,
@@ -686,7 +697,7 @@ class RAPTClassifier(_RAPTOutcome, TorchClassifier):
     modalities : dict of str to Modality, or None, default=None
         `Visits` and `Events` give the visits, merged into one timeline; `Tabular` and `Labs` stand
         beside them. ``"drop"`` leaves one out. None takes all columns as one table.
-    d_model : int, default=64
+    d_model : int, default=32
         Width of a visit's vector and of the patient vector.
     n_members : int, default=8
         Small networks on the patient vector and on what stands beside it, trained side by side;
@@ -706,7 +717,8 @@ class RAPTClassifier(_RAPTOutcome, TorchClassifier):
     max_visits : int or None, default=None
         Latest bins kept of an `Events`; None is 64. `Visits` have a parameter of their own.
     dropout : float, default=0.5
-        On the patient vector before the head.
+        On the patient vector before the head, and share of a visit's numbers hidden from every
+        training row: a network on a few thousand rows otherwise leans on few of them.
     class_weight : dict, "balanced" or None, default=None
         Weights of the classes in the loss; probabilities shift with them.
     pretrained, freeze, max_epochs, batch_size, lr, weight_decay, patience : optional
@@ -772,7 +784,7 @@ class RAPTClassifier(_RAPTOutcome, TorchClassifier):
         self,
         modalities=None,
         *,
-        d_model=64,
+        d_model=32,
         n_members=8,
         n_heads=4,
         n_layers=1,
@@ -827,7 +839,7 @@ class RAPTRegressor(_RAPTOutcome, TorchRegressor):
     modalities : dict of str to Modality, or None, default=None
         `Visits` and `Events` give the visits, merged into one timeline; `Tabular` and `Labs` stand
         beside them. ``"drop"`` leaves one out. None takes all columns as one table.
-    d_model : int, default=64
+    d_model : int, default=32
         Width of a visit's vector and of the patient vector.
     n_members : int, default=8
         Small networks on the patient vector and on what stands beside it, trained side by side;
@@ -847,7 +859,8 @@ class RAPTRegressor(_RAPTOutcome, TorchRegressor):
     max_visits : int or None, default=None
         Latest bins kept of an `Events`; None is 64. `Visits` have a parameter of their own.
     dropout : float, default=0.5
-        On the patient vector before the head.
+        On the patient vector before the head, and share of a visit's numbers hidden from every
+        training row: a network on a few thousand rows otherwise leans on few of them.
     pretrained, freeze, max_epochs, batch_size, lr, weight_decay, patience : optional
         See `ehrfuse.base.TorchEstimator`.
     validation_fraction, groups, memory, amp, random_state, device, verbose : optional
@@ -883,7 +896,7 @@ class RAPTRegressor(_RAPTOutcome, TorchRegressor):
         self,
         modalities=None,
         *,
-        d_model=64,
+        d_model=32,
         n_members=8,
         n_heads=4,
         n_layers=1,

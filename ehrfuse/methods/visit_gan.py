@@ -33,6 +33,7 @@ class Generator(nn.Module):
     def __init__(self, n_numbers, width, n_noise):
         super().__init__()
         self.n_noise = n_noise
+        self.register_buffer("longest", torch.tensor(101.0).log())
         self.rnn = nn.GRU(2 * n_noise, width, batch_first=True)
         self.numbers, self.taken = nn.Linear(width, n_numbers), nn.Linear(width, n_numbers)
         self.gap = nn.Linear(width, 1)
@@ -47,7 +48,14 @@ class Generator(nn.Module):
         hard = (torch.rand_like(soft) < soft).to(soft.dtype)
         taken = hard + soft - soft.detach()  # zeros and ones, with the gradient of the odds
         numbers = LIMIT * torch.tanh(self.numbers(h) / LIMIT)
-        return torch.cat([numbers * hard, taken, F.softplus(self.gap(h))], -1)
+        gap = self.longest * torch.sigmoid(self.gap(h))
+        return torch.cat([numbers * hard, taken, gap], -1)
+
+    @torch.no_grad()
+    def start_at(self, rate, gap):
+        """Start at the share of visits that took each number (f,) and at the mean log gap."""
+        self.taken.bias.copy_(rate.clamp(0.01, 0.99).logit())
+        self.gap.bias.fill_(float((gap / self.longest).clamp(0.01, 0.99).logit()))
 
 
 class Critic(nn.Module):
@@ -177,6 +185,9 @@ class VisitGAN(BaseEstimator):
         critic = Critic(n_numbers, self.width).to(device)
         steps = [torch.optim.Adam(m.parameters(), self.lr, (0.5, 0.9)) for m in (generator, critic)]
         length = torch.from_numpy(self.lengths_).to(device)
+        n_visits = length.sum()
+        gap = table[..., -1].sum() / (n_visits - len(length)).clamp(min=1)
+        generator.start_at(table[..., n_numbers:-1].sum((0, 1)) / n_visits, gap)
         self.history_ = []
         for epoch in range(self.max_epochs):
             losses = []

@@ -161,7 +161,10 @@ def _edited(one, edits):
         for i in places:
             cells.iat[i] = edits[i][-1]
         listed = any(isinstance(edits[i][-1], list) for i in places)
-        frame[column] = cells if listed else cells.astype(one[column].dtype)
+        kind = one[column].dtype
+        # Whole numbers and truth values have no null of their own.
+        kind = np.dtype(float) if isinstance(kind, np.dtype) and kind.kind in "iub" else kind
+        frame[column] = cells if listed else cells.astype(kind)
     return frame
 
 

@@ -55,6 +55,18 @@ class Block:
             tensors[f"{name}_mask"] = torch.from_numpy(mask)
         return tensors
 
+    def followed_by(self, other: "Block") -> "Block":
+        """The rows of this block, then those of another with the same parts."""
+        pairs = {name: (flat, other.ragged[name]) for name, flat in self.ragged.items()}
+        return Block(
+            np.concatenate([self.present, other.present]),
+            {name: np.concatenate([a, other.arrays[name]]) for name, a in self.arrays.items()},
+            {
+                name: (np.concatenate([a, b]), np.concatenate([start, start[-1] + end[1:]]))
+                for name, ((a, start), (b, end)) in pairs.items()
+            },
+        )
+
 
 def _places(offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mask (b, t) of real cells and, in the same order, where they lie in the flat array."""
@@ -148,6 +160,19 @@ class Data:
             cut(self.weight),
             cut(self.groups),
         )
+
+    def followed_by(self, other: "Data") -> "Data":
+        """Both sets without labels; rows of the other one are other patients."""
+        n = len(next(iter(self.blocks.values())).present)
+        groups = self.groups
+        if groups is not None:
+            new = groups.max(initial=-1) + 1 + np.arange(len(other))
+            groups = np.concatenate([groups, new])
+        weight = None
+        if self.weight is not None and other.weight is not None:
+            weight = np.concatenate([self.weight, other.weight])
+        blocks = {name: b.followed_by(other.blocks[name]) for name, b in self.blocks.items()}
+        return Data(blocks, np.concatenate([self.rows, n + other.rows]), None, weight, groups)
 
     @property
     def length(self) -> np.ndarray | None:

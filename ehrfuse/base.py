@@ -195,6 +195,9 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
         """Turn y into a `Target`; None where there is none."""
         return None
 
+    def _prepare(self, core, data, seed):
+        """Let the core measure the training rows, e.g. thresholds; goes into its buffers."""
+
     # ------------------------------------------------------------ fit
 
     def _fit(self, X, y=None, sample_weight=None, X_val=None, y_val=None):
@@ -241,6 +244,7 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
             core = self._make_core(self.modalities_, self.target_).to(device)
         self._take_over(core)
         core.freeze(self.freeze)
+        self._prepare(core, data, seed)
         with self._progress() as report:
             self.history_ = train(
                 core, data, validation=validation, max_epochs=self.max_epochs,
@@ -489,12 +493,13 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
 
     # ------------------------------------------------------------ predict
 
-    def _predict(self, X):
+    def _predict(self, X, core=None):
+        """Output for every row; of another view of the module where one is given."""
         check_is_fitted(self)
         X = self._frame(X, reset=False)
         device = resolve_device(self.device)
         data = self._data(X)
-        return predict(self.module_, data, self._batch_size(len(data)), device)
+        return predict(core or self.module_, data, self._batch_size(len(data)), device)
 
     def _batch_size(self, n_rows):
         return min(256, max(16, n_rows // 12)) if self.batch_size == "auto" else self.batch_size

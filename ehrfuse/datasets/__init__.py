@@ -8,6 +8,7 @@ from ehrfuse.datasets.meds import load_meds
 from ehrfuse.datasets.mimic3 import load_mimic3
 from ehrfuse.datasets.mimic4 import load_mimic4
 from ehrfuse.datasets.physionet2012 import fetch_physionet2012, load_physionet2012
+from ehrfuse.datasets.prenatal import make_prenatal
 from ehrfuse.datasets.synthetic import make_ehr
 from ehrfuse.datasets.tasks import (
     Task,
@@ -40,6 +41,7 @@ __all__ = [
     "load_mimic4",
     "load_physionet2012",
     "make_ehr",
+    "make_prenatal",
     "mortality_post_discharge",
     "phenotyping",
     "read_parquet",

@@ -1,6 +1,7 @@
 """Honest evaluation of any scikit-learn estimator on data with missing modalities."""
 
 from ehrfuse.evaluation.displays import MissingPatternDisplay
+from ehrfuse.evaluation.explanations import explain_in_words, sensitivity, silhouette_report
 from ehrfuse.evaluation.folds import out_of_fold
 from ehrfuse.evaluation.metrics import (
     METRICS,
@@ -10,15 +11,21 @@ from ehrfuse.evaluation.metrics import (
     score_by_pattern,
 )
 from ehrfuse.evaluation.missingness import outcome_by_pattern, presence_informativeness
+from ehrfuse.evaluation.timelines import EmbeddingDisplay, TimelineDisplay
 
 __all__ = [
     "METRICS",
+    "EmbeddingDisplay",
     "MissingPatternDisplay",
+    "TimelineDisplay",
     "bootstrap_scores",
+    "explain_in_words",
     "masked_scorer",
     "out_of_fold",
     "outcome_by_pattern",
     "paired_difference",
     "presence_informativeness",
     "score_by_pattern",
+    "sensitivity",
+    "silhouette_report",
 ]

@@ -1,6 +1,7 @@
 """Modalities: one kind of data, one file."""
 
 from ehrfuse.modalities._base import Modality
+from ehrfuse.modalities._convert import EventsToVisits, VisitsToEvents
 from ehrfuse.modalities._summary import EventSummary
 from ehrfuse.modalities.labs import Labs
 from ehrfuse.modalities.sequences import Events, Visits
@@ -12,10 +13,12 @@ __all__ = [
     "Embedding",
     "EventSummary",
     "Events",
+    "EventsToVisits",
     "Image",
     "Labs",
     "Modality",
     "Tabular",
     "Text",
     "Visits",
+    "VisitsToEvents",
 ]

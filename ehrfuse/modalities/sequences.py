@@ -10,7 +10,9 @@ from ehrfuse.modalities._base import Modality, check_count
 from ehrfuse.modalities._numbers import RobustScale, build_features, numeric_features
 from ehrfuse.modalities._streams import Records, encode_strings, read_records
 from ehrfuse.modalities._summary import SummaryPlan, code_ids, event_values
+from ehrfuse.modalities._visits import bin_events, check_width, mean_of
 from ehrfuse.nn.encoders import EventEncoder, TableEncoder, VisitEncoder
+from ehrfuse.nn.timeline import VisitInput
 
 __all__ = ["Events", "Visits"]
 
@@ -139,14 +141,98 @@ class Events(Modality):
             "time": (time.astype("float32"), offsets),
         }
 
+    def make_summary_encoder(self, d_model, n_members=1):
+        """Build the encoder of the summary, `values` (b, p) to one token; None without one."""
+        if not self.summary:
+            return None
+        return TableEncoder(
+            build_features(self.features_), [], d_model, n_members,
+            self.dropout, self.column_dropout,
+        )  # fmt: skip
+
     def make_encoder(self, d_model, n_members=1):
-        summary = None
-        if self.summary:
-            summary = TableEncoder(
-                build_features(self.features_), [], d_model, n_members,
-                self.dropout, self.column_dropout,
-            )  # fmt: skip
+        summary = self.make_summary_encoder(d_model, n_members)
         return EventEncoder(max(1, len(self.codes_)), d_model, summary, self.stream)
+
+
+class EventVisits(Events):
+    """`Events` read as visits; what the sequence methods make of a declared `Events`.
+
+    Parameters
+    ----------
+    columns, time_unit, now, summary, windows, stream, max_events, max_codes, n_bins : optional
+        As in `Events`; the raw stream is not given.
+    dropout, column_dropout : float
+        As in `Events`.
+    bin : float, default=1.0
+        Width of a bin, in `time_unit`.
+    max_visits : int, default=64
+        The latest bins are kept.
+    """
+
+    def __init__(
+        self,
+        columns,
+        *,
+        time_unit="h",
+        now=0.0,
+        summary=True,
+        windows=4,
+        stream=False,
+        max_events=512,
+        max_codes=200,
+        n_bins=8,
+        dropout=0.2,
+        column_dropout=0.5,
+        bin=1.0,
+        max_visits=64,
+    ):
+        super().__init__(
+            columns, time_unit=time_unit, now=now, summary=summary, windows=windows, stream=stream,
+            max_events=max_events, max_codes=max_codes, n_bins=n_bins, dropout=dropout,
+            column_dropout=column_dropout,
+        )  # fmt: skip
+        self.bin = bin
+        self.max_visits = max_visits
+
+    def _check_params(self):
+        super()._check_params()
+        check_width(self.bin)
+        check_count(self.max_visits, "max_visits")
+
+    def _learn(self, cells):
+        super()._learn(cells)
+        records = read_records(self._only(cells), ("time", "code"))
+        code, values = code_ids(records, self.codes_), event_values(records)
+        valued = (code >= 0) & ~np.isnan(values)
+        self.valued_ = np.bincount(code[valued], minlength=len(self.codes_)) > 0
+        _, numbers, _ = self._bins(records)
+        self.mean_ = mean_of(numbers)
+
+    def _bins(self, records):
+        """Ages, scaled numbers and offsets; a code without values is 1 where it happened."""
+        code, values = code_ids(records, self.codes_), event_values(records)
+        bare = (code >= 0) & ~self.valued_[code] if len(self.codes_) else code > 0
+        age, numbers, offsets = bin_events(
+            records, code, np.where(bare, 1.0, values), len(self.codes_), self.bin, self.now,
+            self.max_visits,
+        )  # fmt: skip
+        center, scale = (part[: len(self.codes_)] for part in self.value_scale_)
+        return age, (numbers - center) / scale, offsets
+
+    def _read(self, cells, present):
+        block = super()._read(cells, present)
+        records = read_records(self._only(cells), ("time", "code"))
+        age, numbers, offsets = self._bins(records)
+        length = np.diff(offsets)
+        shown = np.repeat(present, length)
+        offsets = np.concatenate([[0], np.cumsum(np.where(present, length, 0))]).astype("int64")
+        ragged = {"time": (age[shown], offsets), "numbers": (numbers[shown], offsets)}
+        arrays = {name: array for name, array in block.arrays.items() if name == "summary"}
+        return Block(present, arrays, ragged)
+
+    def make_encoder(self, d_model, n_members=1):
+        return VisitInput(len(self.codes_), 0, d_model)
 
 
 class Visits(Modality):

@@ -403,7 +403,9 @@ def _emergency(rng, stays, files):
     home = np.flatnonzero(rng.random(stays.n) < 0.2)
     who = np.concatenate([row, home])
     came = np.concatenate([stays.arrived[row], stays.leave[home] + np.timedelta64(3, "D")])
-    stay = 40_000_000 + 2 * (stays.hadm[who] - 20_000_000) + np.repeat([0, 1], [len(row), len(home)])
+    stay = (
+        40_000_000 + 2 * (stays.hadm[who] - 20_000_000) + np.repeat([0, 1], [len(row), len(home)])
+    )
     files.add("ed/edstays", {
         "subject_id": stays.subject[who],
         "hadm_id": pa.array(stays.hadm[who], mask=np.arange(len(who)) >= len(row)),
@@ -416,7 +418,9 @@ def _emergency(rng, stays, files):
         "temperature": 98.6, "heartrate": 88.0, "resprate": 18.0, "o2sat": 97.0, "sbp": 130.0,
         "dbp": 75.0,
     }  # fmt: skip
-    drawn = {k: np.round(v * np.exp(0.05 * rng.normal(size=len(who))), 1) for k, v in vitals.items()}
+    drawn = {
+        k: np.round(v * np.exp(0.05 * rng.normal(size=len(who))), 1) for k, v in vitals.items()
+    }
     files.add("ed/triage", {"subject_id": stays.subject[who], "stay_id": stay, **drawn,
         "pain": np.full(len(who), "5"), "acuity": rng.integers(1, 6, len(who)),
         "chiefcomplaint": rng.choice(["CHEST PAIN", "FEVER, COUGH"], len(who)),

@@ -74,18 +74,14 @@ def few(tables, n):
 
 @pytest.fixture(scope="module")
 def mimic4(shared_data, tmp_path_factory):
-    tables = time_machine.read_tables(
-        shared_data / "mimic-iv-demo-2.2", time_machine.Mimic.tables
-    )
+    tables = time_machine.read_tables(shared_data / "mimic-iv-demo-2.2", time_machine.Mimic.tables)
     tables = few(tables, 25)
     return tables, time_machine.write_tables(tables, tmp_path_factory.mktemp("mimic4")), {}
 
 
 @pytest.fixture(scope="module")
 def mimic3(shared_data, tmp_path_factory):
-    tables = time_machine.read_tables(
-        shared_data / "mimic-iii-demo-1.4", time_machine.Mimic.tables
-    )
+    tables = time_machine.read_tables(shared_data / "mimic-iii-demo-1.4", time_machine.Mimic.tables)
     tables = few(tables, 8)
     tables["noteevents"] = _notes(tables["admissions"])  # the demo's table is empty
     return tables, time_machine.write_tables(tables, tmp_path_factory.mktemp("mimic3")), {}
@@ -182,7 +178,9 @@ def test_eicu(task, hourly, shared_data, tmp_path):
     chosen = chosen[~chosen.map(whole).duplicated()]
     machine = time_machine.Eicu(tables, chosen, 24 * 60)
     before = by_stay(data.X, chosen)
-    for mode in ["alter"] if task is not None and not isinstance(task, list) else ["alter", "remove"]:
+    for mode in (
+        ["alter"] if task is not None and not isinstance(task, list) else ["alter", "remove"]
+    ):
         copy = time_machine.write_tables(machine.rewrite(mode), tmp_path / mode)
         same(before, by_stay(load_eicu(copy, task).X, chosen), 0.8)
 

@@ -4,7 +4,7 @@ from ehrfuse.modalities._base import Modality
 from ehrfuse.modalities._summary import EventSummary
 from ehrfuse.modalities.labs import Labs
 from ehrfuse.modalities.sequences import Events, Visits
-from ehrfuse.modalities.tabular import Tabular
+from ehrfuse.modalities.tabular import TabNetTabular, Tabular
 from ehrfuse.modalities.text import Text
 from ehrfuse.modalities.vectors import Embedding, Image
 
@@ -15,6 +15,7 @@ __all__ = [
     "Image",
     "Labs",
     "Modality",
+    "TabNetTabular",
     "Tabular",
     "Text",
     "Visits",

@@ -86,6 +86,8 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
     """
 
     _accepts: tuple[type, ...] = (Modality,)
+    _fit_only: tuple[type, ...] = ()  # kinds whose columns need not be there at predict
+    _inherits: tuple[str, ...] = ("random_state", "groups", "device")  # where None, as `pretrained`
 
     def __init__(
         self,
@@ -284,17 +286,34 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
             own = [c for m in kept for c in modality_columns(m, X)]
             own += [] if self.groups is None else [self.groups]
             known = own and set(own) <= set(X.columns)  # else the modality itself will complain
+            self.fit_only_columns_ = self._fit_only_columns(X) if known else []
             return X[list(dict.fromkeys(own))] if known else X
         check_is_fitted(self)
         own = list(self.feature_names_in_)
-        lost = [c for c in own if c not in X.columns and c != self.groups]
-        if lost:
+        lost = [c for c in own if c not in X.columns]
+        needed = [c for c in lost if c not in self.fit_only_columns_]
+        if needed:
             raise ValueError(
-                f"X lacks columns that fit has read: {lost}; add them, with nulls where nothing is "
-                "known."
+                f"X lacks columns that fit has read: {needed}; add them, with nulls where nothing "
+                "is known."
             )
-        # The groups column may be absent at predict: it is filled with nulls and read by nobody.
-        return X.reindex(columns=own) if self.groups in own and self.groups not in X else X[own]
+        return X.reindex(columns=own) if lost else X[own]
+
+    def _fit_only_columns(self, X):
+        """Columns that predict does without, filled with nulls where they lack.
+
+        The patient, and what no modality reads that this estimator needs at predict.
+        """
+        needed, others = set(), [] if self.groups is None else [self.groups]
+        for modality in self._named().values():
+            if isinstance(modality, Modality):
+                skip = not isinstance(modality, self._accepts) or isinstance(
+                    modality, self._fit_only
+                )
+                columns = modality_columns(modality, X)
+                others += columns if skip else []
+                needed |= set() if skip else set(columns)
+        return [c for c in dict.fromkeys(others) if c not in needed]
 
     def _declared(self, X):
         """The modalities of this fit, by name; says what is wrong in the user's words."""
@@ -305,6 +324,7 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
                 f"Column {self.groups!r} (groups) has {int(X[self.groups].isna().sum())} nulls; "
                 "every row needs its patient, or rows of one patient could be split."
             )
+        self.ignored_modalities_ = []
         if self.modalities is None:
             return {"table": Tabular(self._undeclared_columns(X))}
         if not isinstance(self.modalities, dict):
@@ -443,9 +463,13 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
         donor = clone(self.pretrained)  # a FrozenEstimator comes back as it is, fitted
         params = donor.get_params(deep=False)
         # What it leaves open it inherits, or random_state=0 would not fix the fit.
-        inherit = {"random_state": seed, "groups": self.groups, "device": self.device}
+        wanted = getattr(donor, "_inherits", TorchEstimator._inherits)
+        own = self.get_params(deep=False) | {"random_state": seed}
+        inherit = {name: own[name] for name in wanted if name in own}
+        # What this estimator ignores may be what the pretrainer learns from: a note, say.
+        offered = declared | {n: self.modalities[n] for n in self.ignored_modalities_}
         inherit["modalities"] = {
-            n: m for n, m in declared.items() if isinstance(m, getattr(donor, "_accepts", ()))
+            n: m for n, m in offered.items() if isinstance(m, getattr(donor, "_accepts", ()))
         } or None
         unset = {name for name in inherit if name in params and params[name] is None}
         donor.set_params(**{name: inherit[name] for name in unset})
@@ -497,9 +521,11 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
         """Output for every row; of another view of the module where one is given."""
         check_is_fitted(self)
         X = self._frame(X, reset=False)
-        device = resolve_device(self.device)
-        data = self._data(X)
-        return predict(core or self.module_, data, self._batch_size(len(data)), device)
+        return self._infer(core or self.module_, self._data(X))
+
+    def _infer(self, core, data):
+        """Output of `core` for every row of `data`, in order."""
+        return predict(core, data, self._batch_size(len(data)), resolve_device(self.device))
 
     def _batch_size(self, n_rows):
         return min(256, max(16, n_rows // 12)) if self.batch_size == "auto" else self.batch_size

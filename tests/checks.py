@@ -250,7 +250,9 @@ def check_pickle(estimator, cohort):
     raw = pickle.dumps(estimator)
     revived = pickle.loads(raw)
     np.testing.assert_array_equal(outputs(revived, cohort.X), out)
-    estimator.set_params(d_model=96)  # a later set_params changes the next fit, not this model
+    # A later set_params changes the next fit, not this model.
+    width = next(name for name in ("d_model", "n_d") if name in estimator.get_params())
+    estimator.set_params(**{width: 96})
     np.testing.assert_array_equal(outputs(pickle.loads(pickle.dumps(estimator)), cohort.X), out)
     secret = cohort.X["note"].dropna().iloc[0]
     assert secret.encode() not in raw

@@ -12,7 +12,10 @@ import ehrfuse
 from ehrfuse.base import TorchEstimator
 from ehrfuse.datasets import make_ehr
 
-SMALL = {"d_model": 8, "n_members": 2, "max_epochs": 2, "groups": "subject_id", "random_state": 0}
+SMALL = {
+    "d_model": 8, "n_d": 8, "n_a": 8, "n_members": 2, "max_epochs": 2, "groups": "subject_id",
+    "random_state": 0,
+}  # fmt: skip
 MINIBATCHES = (
     "minibatches, dropout and members draw random numbers per row, so a row of weight two and the "
     "same row twice take different paths"

@@ -67,6 +67,8 @@ LAYERS = {
         {"numpy", "pandas", "pyarrow", "scipy", "sklearn", "pooch", "duckdb", "tqdm"},
     ),
 }
+# On the CPU, TabNet's sparse projection sorts with NumPy, which is many times faster than torch.
+MORE = {"nn/tabnet.py": {"numpy"}}
 GROWING = {"methods", "modalities"}  # siblings do not import each other
 
 
@@ -113,7 +115,8 @@ def test_imports_point_up(path):
             if layer in GROWING and target == layer and path.name != "__init__.py":
                 assert rest[1].startswith("_"), f"{path.name} imports its sibling {module}"
         else:
-            assert top in packages, f"{layer} imports {module}"
+            more = MORE.get(path.relative_to(PACKAGE).as_posix(), set())
+            assert top in packages | more, f"{layer} imports {module}"
             assert inside or top not in HEAVY, f"{path.name} imports {module} at import time"
 
 

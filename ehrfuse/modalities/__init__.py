@@ -5,7 +5,7 @@ from ehrfuse.modalities._convert import EventsToVisits, VisitsToEvents
 from ehrfuse.modalities._summary import EventSummary
 from ehrfuse.modalities.labs import Labs
 from ehrfuse.modalities.sequences import Events, Visits
-from ehrfuse.modalities.tabular import Tabular
+from ehrfuse.modalities.tabular import TabNetTabular, Tabular
 from ehrfuse.modalities.text import Text
 from ehrfuse.modalities.vectors import Embedding, Image
 
@@ -17,6 +17,7 @@ __all__ = [
     "Image",
     "Labs",
     "Modality",
+    "TabNetTabular",
     "Tabular",
     "Text",
     "Visits",

@@ -1,11 +1,16 @@
-"""Tabular: numbers, booleans and categories of one row, any of them missing."""
+"""Tabular: numbers, booleans and categories of one row, any of them missing.
+
+`TabNetTabular` reads the same cells with another encoder.
+"""
 
 import datetime
 
 import numpy as np
 import pandas as pd
+import torch
 
 from ehrfuse._data import Block
+from ehrfuse._runtime import check_option
 from ehrfuse.modalities._base import Modality, check_count, describe
 from ehrfuse.modalities._numbers import (
     RobustScale,
@@ -16,8 +21,9 @@ from ehrfuse.modalities._numbers import (
     read_origin,
 )
 from ehrfuse.nn.encoders import TableEncoder
+from ehrfuse.nn.tabnet import Sizes, TabNetTableEncoder
 
-__all__ = ["Tabular"]
+__all__ = ["TabNetTabular", "Tabular"]
 
 NULL, UNKNOWN = 0, 1  # category codes; the known ones follow
 
@@ -89,6 +95,110 @@ class Tabular(Modality):
             build_features(self.features_), sizes, d_model, n_members,
             self.dropout, self.column_dropout,
         )  # fmt: skip
+
+
+class TabNetTabular(Tabular):
+    """Numbers, booleans and categories, read by TabNet: the encoder as a part of any estimator.
+
+    `TabNetClassifier` and its family read a plain `Tabular` by TabNet; this is for the others,
+    where the width ``n_d`` is their ``d_model``.
+
+    Parameters
+    ----------
+    columns : str, list of str or callable
+        One or many columns, as in `Tabular`.
+    n_a : int or None, default=None
+        Width of the attention; None is that of the output.
+    n_steps : int, default=3
+        Decision steps.
+    gamma : float, default=1.3
+        How freely a later step may attend to a column again; 1 is not at all.
+    n_independent, n_shared : int, default=2
+        Gated layers of each step's own, and shared by all.
+    virtual_batch_size : int, default=128
+        Rows that are normalised together.
+    momentum : float, default=0.02
+        Of the running statistics.
+    mask_type : {"sparsemax", "entmax"}, default="sparsemax"
+    cat_emb_dim : int or None, default=None
+        Width of a category's vector; None grows with the number of categories, to at most 16.
+
+    Attributes
+    ----------
+    numeric_ : list of str
+    categories_ : dict of str to Index
+        Known values of every categorical column.
+    """
+
+    def __init__(
+        self,
+        columns,
+        *,
+        n_a=None,
+        n_steps=3,
+        gamma=1.3,
+        n_independent=2,
+        n_shared=2,
+        virtual_batch_size=128,
+        momentum=0.02,
+        mask_type="sparsemax",
+        cat_emb_dim=None,
+    ):
+        super().__init__(columns, n_bins=1, dropout=0.0, column_dropout=0.0)
+        self.n_a = n_a
+        self.n_steps = n_steps
+        self.gamma = gamma
+        self.n_independent = n_independent
+        self.n_shared = n_shared
+        self.virtual_batch_size = virtual_batch_size
+        self.momentum = momentum
+        self.mask_type = mask_type
+        self.cat_emb_dim = cat_emb_dim
+
+    def _check_params(self):
+        check_sizes(self)
+
+    def make_encoder(self, d_model, n_members=1):
+        return tabnet_encoder(self, tabnet_sizes(self, d_model), self.cat_emb_dim)
+
+
+def tabnet_sizes(modality, n_d):
+    """The shape of the network of a `TabNetTabular`, with `n_d` as its width."""
+    own = {name: getattr(modality, name) for name in Sizes._fields if hasattr(modality, name)}
+    return Sizes(**own | {"n_d": n_d, "n_a": modality.n_a or n_d})
+
+
+def tabnet_encoder(modality, sizes, cat_emb_dim=None):
+    """TabNet for the cells of a fitted `Tabular` or `Labs`."""
+    words = getattr(modality, "categories_", {})
+    n_numbers = len(modality.columns_) - len(words)
+    flags = torch.tensor(modality.features_["flags"])
+    n_codes = [len(known) + 2 for known in words.values()]
+    return TabNetTableEncoder(n_numbers, flags, n_codes, sizes, cat_emb_dim)
+
+
+def tabnet_columns(modality):
+    """Columns of a fitted `Tabular` or `Labs` in the order in which TabNet attends to them."""
+    words = list(getattr(modality, "categories_", {}))
+    return [c for c in modality.columns_ if c not in words] + words
+
+
+def check_sizes(params):
+    """Raise for sizes out of range; None is allowed, for it is filled in elsewhere."""
+    for name in ("n_d", "n_a", "n_steps", "virtual_batch_size", "cat_emb_dim"):
+        if getattr(params, name, None) is not None:
+            check_count(getattr(params, name), name)
+    for name in ("n_independent", "n_shared"):
+        if getattr(params, name) is not None:
+            check_count(getattr(params, name), name, 0)
+    if params.n_independent == params.n_shared == 0:
+        raise ValueError("n_independent and n_shared are both 0; TabNet needs a layer.")
+    for name, low, high in (("gamma", 1.0, np.inf), ("momentum", 0.0, 1.0)):
+        value = getattr(params, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{name}={value!r} must lie between {low:g} and {high:g}.")
+    if params.mask_type is not None:
+        check_option(params.mask_type, "mask_type", ("sparsemax", "entmax"))
 
 
 def _codes(column, known):

@@ -3,6 +3,8 @@
 Axes: b - batch, k - outputs, d - width.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -57,3 +59,144 @@ def focal_bce(logits: Tensor, y: Tensor, gamma: float = 2.0) -> Tensor:
     """
     term = F.binary_cross_entropy_with_logits(logits, y, reduction="none")
     return term * (1 - torch.exp(-term)) ** gamma
+
+
+SAFE_SCALE = 40.0  # exp(-2 * scale) is still a float32 number
+
+
+def clip_loss(
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    groups: Tensor | None = None,
+    same_group: str = "positive",
+    chunk: int = 256,
+) -> Tensor:
+    """Symmetric cross-entropy of pairs, exact, with at most `chunk` rows of logits alive.
+
+    Parameters
+    ----------
+    a, b : tensors (n, d)
+        Unit vectors; row i of `a` belongs to row i of `b`. Fewer than two rows: zero.
+    scale : scalar tensor
+        Inverse temperature, may be learned.
+    groups : integer tensor (n,) or None
+        Rows of one patient carry the same number.
+    same_group : {"positive", "ignore"}
+        A patient's other rows are right answers too, or are left out; never wrong ones.
+    chunk : int
+        Rows of the n x n logits held at once.
+
+    References
+    ----------
+    Radford et al., ICML 2021, figure 3. Several right answers: Khosla et al., NeurIPS 2020, eq. 2.
+    """
+    if len(a) < 2:
+        return (a.sum() + b.sum()) * 0.0
+    if groups is not None and len(groups.unique()) == len(groups):
+        groups = None
+    return _ClipLoss.apply(a, b, scale, groups, same_group, chunk)
+
+
+class _ClipLoss(torch.autograd.Function):
+    """Logits are computed twice and never kept: memory is chunk x n in place of n x n."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        a: Tensor,
+        b: Tensor,
+        scale: Tensor,
+        groups: Tensor | None,
+        same_group: str,
+        chunk: int,
+    ) -> Tensor:
+        n, top = len(a), scale.detach()
+        ctx.once = bool(top <= SAFE_SCALE)  # unit vectors: no logit exceeds the scale
+        row, col = a.new_empty(n), a.new_full((n,), 0.0 if ctx.once else -torch.inf)
+        right = a.new_empty(n)
+        for start in range(0, n, chunk):
+            part = slice(start, start + chunk)
+            logits, mine = _logits(a, b, top, groups, same_group, part)
+            right[part] = (a[part] * b[part]).sum(1) * top if mine is None else (
+                (logits.masked_fill(mine == 0, 0.0) * mine).sum(1)
+            )  # fmt: skip
+            if ctx.once:  # one exponential serves rows and columns
+                logits.sub_(top).exp_()
+                row[part] = logits.sum(1)
+                col += logits.sum(0)
+            else:
+                row[part] = logits.logsumexp(1)
+                col = torch.logaddexp(col, logits.logsumexp(0))
+        if ctx.once:
+            row, col = row.log_().add_(top), col.log_().add_(top)
+        ctx.save_for_backward(a, b, top, row, col, groups)
+        ctx.same_group, ctx.chunk = same_group, chunk
+        return (row + col - 2 * right).mean() / 2
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        a, b, top, row, col, groups = ctx.saved_tensors
+        n = len(a)
+        grad_a, grad_b = torch.empty_like(a), torch.zeros_like(b)
+        grad_scale = torch.zeros_like(top)
+        weight = grads[0] / (2 * n)
+        for start in range(0, n, ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            logits, mine = _logits(a, b, top, groups, ctx.same_group, part)
+            if ctx.once:
+                p = logits.sub_(top).exp_()
+                p *= torch.exp(top - row[part])[:, None] + torch.exp(top - col)
+            else:
+                p = (logits - row[part, None]).exp_() + (logits - col).exp_()
+            if mine is None:
+                p.diagonal(start).sub_(2.0)
+            else:
+                p.sub_(mine, alpha=2.0)
+            p *= weight
+            turned = p @ b
+            grad_scale += (turned * a[part]).sum()
+            grad_a[part] = turned * top
+            grad_b.addmm_(p.t(), a[part] * top)
+        return grad_a, grad_b, grad_scale, None, None, None
+
+
+def _logits(
+    a: Tensor, b: Tensor, scale: Tensor, groups: Tensor | None, same_group: str, part: slice
+) -> tuple[Tensor, Tensor | None]:
+    """Some rows of the logits and of the target; None stands for the unit matrix."""
+    logits = (a[part] * scale) @ b.t()
+    if groups is None:
+        return logits, None
+    same = groups[part, None] == groups
+    if same_group == "positive":
+        return logits, same.to(a.dtype) / same.sum(1, keepdim=True)
+    own = torch.zeros_like(same)
+    own.diagonal(part.start).fill_(True)
+    return logits.masked_fill_(same & ~own, -torch.inf), own.to(a.dtype)
+
+
+def siglip_loss(
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    groups: Tensor | None = None,
+    same_group: str = "positive",
+) -> Tensor:
+    """Cross-entropy of every pair of rows by itself, whether the two belong together.
+
+    Parameters are those of `clip_loss`, beside `bias`, a scalar that starts far below zero.
+
+    References
+    ----------
+    Zhai et al., ICCV 2023, algorithm 1.
+    """
+    if len(a) < 2:
+        return (a.sum() + b.sum()) * 0.0
+    logits = scale * a @ b.t() + bias
+    own = torch.eye(len(a), dtype=torch.bool, device=a.device)
+    same = own if groups is None else groups[:, None] == groups
+    yes = same if same_group == "positive" else own
+    term = F.softplus(torch.where(yes, -logits, logits))
+    return torch.where(same & ~yes, torch.zeros_like(term), term).sum() / len(a)

@@ -474,10 +474,11 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
 
     def _predict(self, X):
         check_is_fitted(self)
-        X = self._frame(X, reset=False)
-        device = resolve_device(self.device)
-        data = self._data(X)
-        return predict(self.module_, data, self._batch_size(len(data)), device)
+        return self._infer(self.module_, self._data(self._frame(X, reset=False)))
+
+    def _infer(self, module, data):
+        """Output of a module, the core or one built around it, for every row of `data`."""
+        return predict(module, data, self._batch_size(len(data)), resolve_device(self.device))
 
     def _batch_size(self, n_rows):
         return min(256, max(16, n_rows // 12)) if self.batch_size == "auto" else self.batch_size
@@ -541,6 +542,7 @@ def _dropped(modality):
 
 def _described(modality, X):
     """Class, parameters and resolved columns: what must agree for weights to move."""
+    modality = getattr(modality, "declared", modality)  # a pretrainer may wrap what was declared
     params = modality.get_params() | {"columns": modality_columns(modality, X)}
     return type(modality), params
 

@@ -107,6 +107,41 @@ def build_model(config: str) -> nn.Module:
         return _text_part(AutoModel.from_config(_config(config), dtype=torch.float32))
 
 
+def add_lora(
+    model: nn.Module,
+    rank: int,
+    alpha: float | None = None,
+    targets: str | Sequence[str] = "all-linear",
+) -> nn.Module:
+    """Put low-rank adapters into layers of a model, in place, and fix all its other weights.
+
+    Parameters
+    ----------
+    model : Module
+        A transformers model.
+    rank : int
+    alpha : float or None
+        The adapters are scaled by alpha / rank; None is twice the rank.
+    targets : str or sequence of str
+        Names of layers, or "all-linear".
+
+    Returns
+    -------
+    model : Module
+        The same one. An adapter starts at zero, so its outputs are what they were.
+    """
+    peft = import_optional("peft", "lora")
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank if alpha is None else alpha,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+    )  # fmt: skip
+    model.requires_grad_(False)
+    peft.inject_adapter_in_model(config, model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name and "pooler" not in name)
+    return model
+
+
 def _config(config: str) -> Any:
     from transformers import AutoConfig
 
@@ -326,8 +361,8 @@ def encode_texts(
         Tokens read of a text.
     chunk_length : int
         Tokens of a chunk, special tokens included.
-    pooling : {"mean", "cls"}
-        Mean over the tokens of a chunk, or its first token.
+    pooling : {"mean", "cls", "last"}
+        Mean over the tokens of a chunk, its first token, or its last.
     device : str, device or None
         None is the best available.
     cache : path or None
@@ -383,6 +418,8 @@ def _encode_chunks(
 def _pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     if pooling == "cls":
         return hidden[:, 0]
+    if pooling == "last":  # the last real token: behind it a short chunk is padded
+        return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
     return torch.where(mask[..., None], hidden, 0.0).sum(1) / mask.sum(1, keepdim=True)
 
 

@@ -589,6 +589,7 @@ def _dropped(modality):
 
 def _described(modality, X):
     """Class, parameters and resolved columns: what must agree for weights to move."""
+    modality = getattr(modality, "declared", modality)  # a pretrainer may wrap what was declared
     params = modality.get_params() | {"columns": modality_columns(modality, X)}
     return type(modality), params
 

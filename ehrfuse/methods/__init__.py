@@ -4,6 +4,9 @@ from ehrfuse.methods import (
     clip_ehr,
     fusion,
     knowledge_risk,
+    lab_text,
+    masked_labs,
+    medfuse,
     mmnar,
     rapt,
     sequence,
@@ -13,6 +16,9 @@ from ehrfuse.methods import (
 from ehrfuse.methods.clip_ehr import *
 from ehrfuse.methods.fusion import *
 from ehrfuse.methods.knowledge_risk import *
+from ehrfuse.methods.lab_text import *
+from ehrfuse.methods.masked_labs import *
+from ehrfuse.methods.medfuse import *
 from ehrfuse.methods.mmnar import *
 from ehrfuse.methods.rapt import *
 from ehrfuse.methods.sequence import *
@@ -23,6 +29,9 @@ __all__ = [
     *clip_ehr.__all__,
     *fusion.__all__,
     *knowledge_risk.__all__,
+    *lab_text.__all__,
+    *masked_labs.__all__,
+    *medfuse.__all__,
     *mmnar.__all__,
     *rapt.__all__,
     *sequence.__all__,

@@ -4,7 +4,7 @@ import numpy as np
 
 from ehrfuse import _hub
 from ehrfuse._data import Block
-from ehrfuse._runtime import check_option
+from ehrfuse._runtime import check_option, import_optional
 from ehrfuse.modalities._base import Modality, check_count, describe
 from ehrfuse.modalities._numbers import vector_scale
 from ehrfuse.modalities._words import Vocabulary, split
@@ -32,12 +32,16 @@ class Text(Modality):
         Branch, tag or commit of a hub model. The commit found in `fit` is used ever after.
     trainable : bool, default=False
         Train the model with the rest. Its weights are then part of the fitted estimator.
+    lora_rank : int or None, default=None
+        Train low-rank adapters of this rank in all linear layers instead of the weights
+        themselves; `trainable` only. Needs ``pip install 'ehrfuse[lora]'``.
     max_length : int, default=1024
         Tokens read of a note, from its start; words where `model` is None.
     chunk_length : int, default=256
         Tokens of a chunk, special tokens included; `model` only. Each chunk gives one token.
-    pooling : {"mean", "cls"}, default="mean"
-        Vector of a chunk: mean over its tokens, or its first token; `model` only.
+    pooling : {"mean", "cls", "last"}, default="mean"
+        Vector of a chunk: mean over its tokens, its first token, or its last (for causal language
+        models); `model` only.
     min_count : int, default=5
         A word or pair is kept when at least this many training notes hold it. It ends up in the
         fitted estimator, so a low count may store names of patients.
@@ -49,8 +53,8 @@ class Text(Modality):
     dropout : float or None, default=None
         Share of the words of a note left out in training, or dropout on the vectors of `model`.
         None is 0.5 for words and 0.1 for vectors.
-    lr_scale : float, default=0.02
-        Multiple of the learning rate for a trainable model.
+    lr_scale : float or None, default=None
+        Multiple of the learning rate for a trainable model. None is 0.02, and 0.1 for adapters.
 
     Attributes
     ----------
@@ -88,6 +92,7 @@ class Text(Modality):
         model=None,
         revision=None,
         trainable=False,
+        lora_rank=None,
         max_length=1024,
         chunk_length=256,
         pooling="mean",
@@ -95,12 +100,13 @@ class Text(Modality):
         max_words=20_000,
         cache=None,
         dropout=None,
-        lr_scale=0.02,
+        lr_scale=None,
     ):
         super().__init__(columns)
         self.model = model
         self.revision = revision
         self.trainable = trainable
+        self.lora_rank = lora_rank
         self.max_length = max_length
         self.chunk_length = chunk_length
         self.pooling = pooling
@@ -113,12 +119,17 @@ class Text(Modality):
     def _check_params(self):
         for name in ("max_length", "chunk_length", "min_count", "max_words"):
             check_count(getattr(self, name), name)
-        check_option(self.pooling, "pooling", ("mean", "cls"))
+        check_option(self.pooling, "pooling", ("mean", "cls", "last"))
         if self.trainable and self.model is None:
             raise ValueError(
                 "trainable=True needs model=, a hub name or a folder; the words of model=None are "
                 "always trained."
             )
+        if self.lora_rank is not None:
+            check_count(self.lora_rank, "lora_rank")
+            if not self.trainable:
+                raise ValueError("lora_rank needs trainable=True; a frozen model has no adapters.")
+            import_optional("peft", "lora")
 
     def _learn(self, cells):
         notes = self._notes(cells, cells.iloc[:, 0].notna().to_numpy(dtype=bool))
@@ -208,7 +219,12 @@ class Text(Modality):
             )
         else:
             network = _hub.build_model(self.config_)
-        backbone = Backbone(network, self.pooling, self.lr_scale, pretrained=at_hand)
+        lr_scale = self.lr_scale
+        if lr_scale is None:
+            lr_scale = 0.02 if self.lora_rank is None else 0.1
+        backbone = Backbone(network, self.pooling, lr_scale, pretrained=at_hand)
+        if self.lora_rank is not None:
+            _hub.add_lora(backbone.model, self.lora_rank)
         return BackboneEncoder(backbone, self.size_, d_model, self.pad_, dropout)
 
 

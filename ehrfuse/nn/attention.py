@@ -1,4 +1,4 @@
-"""Masked transformer block.
+"""Masked transformer blocks: self-attention, and cross-attention to a memory.
 
 Axes: b - batch, t - tokens, d - d_model, h - heads.
 """
@@ -16,11 +16,7 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, d_model: int, n_heads: int, d_hidden: int, dropout: float = 0.0) -> None:
         super().__init__()
-        if d_model % n_heads:
-            raise ValueError(
-                f"d_model={d_model} cannot be split into n_heads={n_heads}; "
-                "choose a d_model that is a multiple of n_heads."
-            )
+        check_heads(d_model, n_heads)
         self.n_heads, self.dropout = n_heads, dropout
         self.norm_attention, self.norm_hidden = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
         self.qkv, self.out = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
@@ -49,6 +45,47 @@ class TransformerBlock(nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
+
+
+class CrossBlock(nn.Module):
+    """Pre-norm cross-attention and feed-forward: queries read a memory, not each other.
+
+    Shape: x (b, q, d), memory (b, t, d), mask (b, t) of the memory -> (b, q, d). A row whose memory
+    is empty gives finite numbers.
+    """
+
+    def __init__(self, d_model: int, n_heads: int, d_hidden: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        check_heads(d_model, n_heads)
+        self.n_heads, self.dropout = n_heads, dropout
+        self.norm_query, self.norm_memory = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.norm_hidden = nn.LayerNorm(d_model)
+        self.query, self.out = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)
+        self.key_value = nn.Linear(d_model, 2 * d_model)
+        self.hidden = nn.Sequential(
+            nn.Linear(d_model, d_hidden), nn.GELU(), nn.Linear(d_hidden, d_model)
+        )
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
+        b, n, d = x.shape
+        size = d // self.n_heads
+        q = self.query(self.norm_query(x)).view(b, n, self.n_heads, size).transpose(1, 2)
+        pair = self.key_value(self.norm_memory(memory)).view(b, -1, 2, self.n_heads, size)
+        k, v = (part.transpose(1, 2) for part in pair.unbind(2))
+        keys = (mask | ~mask.any(1, keepdim=True))[:, None, None, :]
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=keys, dropout_p=dropout)
+        x = x + F.dropout(self.out(y.transpose(1, 2).reshape(b, n, d)), dropout, self.training)
+        return x + F.dropout(self.hidden(self.norm_hidden(x)), dropout, self.training)
+
+
+def check_heads(d_model: int, n_heads: int) -> None:
+    """Raise where the width cannot be shared out among the heads."""
+    if d_model % n_heads:
+        raise ValueError(
+            f"d_model={d_model} cannot be split into n_heads={n_heads}; "
+            "choose a d_model that is a multiple of n_heads."
+        )
 
 
 def sinusoids(time: Tensor, frequencies: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ class Backbone(nn.Module):
     model : Module
         Called with ``input_ids`` and ``attention_mask``, returns an object with
         ``last_hidden_state`` (n, l, size).
-    pooling : {"mean", "cls"}
+    pooling : {"mean", "cls", "last"}
     lr_scale : float
         Multiple of the learning rate.
     pretrained : bool
@@ -46,6 +46,8 @@ class Backbone(nn.Module):
                 "without them; load the estimator as a whole, or fit again."
             )
         hidden = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        if self.pooling == "last":
+            return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
         return hidden[:, 0] if self.pooling == "cls" else masked_mean(hidden, mask)
 
 

@@ -200,3 +200,28 @@ def siglip_loss(
     yes = same if same_group == "positive" else own
     term = F.softplus(torch.where(yes, -logits, logits))
     return torch.where(same & ~yes, torch.zeros_like(term), term).sum() / len(a)
+
+
+def gaussian_nll(mean: Tensor, log_variance: Tensor, y: Tensor) -> Tensor:
+    """Mean negative log-likelihood of rows of y (b, d) under N(mean, exp(log_variance)).
+
+    Without the constant d / 2 log(2 pi).
+    """
+    return 0.5 * ((y - mean).square() * torch.exp(-log_variance) + log_variance).sum(-1).mean()
+
+
+def vclub(mean: Tensor, log_variance: Tensor, y: Tensor) -> Tensor:
+    """Upper bound of the mutual information of x and y, from q(y | x) = N(mean, exp(log_variance)).
+
+    The mean of log q(y_i | x_i) over rows less its mean over all pairs (i, j), in closed form: of a
+    normal density, the mean over j of (y_j - m_i)^2 is var(y) + (mean(y) - m_i)^2, so that nothing
+    of size b^2 is built. Shape: all (b, d) -> scalar.
+
+    References
+    ----------
+    Cheng et al.: CLUB: a contrastive log-ratio upper bound of mutual information. ICML 2020,
+    section 3.2 (vCLUB).
+    """
+    center = y.mean(0)
+    pairs = y.var(0, correction=0) + (center - mean).square()
+    return 0.5 * ((pairs - (y - mean).square()) * torch.exp(-log_variance)).sum(-1).mean()

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ehrfuse.nn.attention import sinusoids
 from ehrfuse.nn.fusion import AttentionPool
 from ehrfuse.nn.members import MemberScale
-from ehrfuse.nn.numeric import NumericFeatures, smooth_clip
+from ehrfuse.nn.numeric import FEATURES_AT_ONCE, NumericFeatures, smooth_clip
 
 Tokens = tuple[Tensor, Tensor]
 
@@ -79,8 +79,12 @@ class TableEncoder(nn.Module):
         if not (self.training and self.column_dropout):
             return features
         keep = 1 - self.column_dropout
-        shown = torch.rand(len(features), self.n_columns, device=features.device) < keep
-        return features.mul_(shown[:, self.column]).div_(keep)
+        hidden = torch.rand(len(features), self.n_columns, device=features.device) >= keep
+        # Filled, not multiplied (a product makes numbers of flags first), and strip by strip.
+        for part in range(0, len(self.column), FEATURES_AT_ONCE):
+            strip = slice(part, part + FEATURES_AT_ONCE)
+            features[:, strip].masked_fill_(hidden[:, self.column[strip]], 0.0)
+        return features.div_(keep)
 
     def forward(self, x: dict[str, Tensor]) -> Tokens:
         hidden = self.first(self.features(x)).view(-1, self.n_outputs)

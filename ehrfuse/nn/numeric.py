@@ -6,7 +6,7 @@ Axes: b - batch, p - columns, q - bins, f - features, d - d_model.
 import torch
 from torch import Tensor, nn
 
-BINS_AT_ONCE = 4096
+FEATURES_AT_ONCE = 1024  # of a wide table, so that no temporary array is as large as the batch
 
 
 def smooth_clip(x: Tensor, limit: float = 3.0) -> Tensor:
@@ -76,8 +76,8 @@ class NumericFeatures(nn.Module):
         features = x.new_empty(len(x), len(self.column))
         start, stop = x.shape[1], x.shape[1] + len(self.bin_column)
         features[:, :start] = smooth_clip(x)
-        for i in range(0, len(self.bin_column), BINS_AT_ONCE):
-            part = slice(i, i + BINS_AT_ONCE)
+        for i in range(0, len(self.bin_column), FEATURES_AT_ONCE):
+            part = slice(i, i + FEATURES_AT_ONCE)
             column = self.bin_column[part]
             share = x[:, column].sub_(self.low[part]).div_(self.width[part]).clamp_(0, 1)
             share.masked_fill_(missing[:, column], 0.0)

@@ -52,6 +52,7 @@ def main():
     """Run the sections asked for and print one table."""
     options = parser(__doc__.splitlines()[0], SECTIONS)
     options.add_argument("--raw-stream", action="store_true", help="p12: the raw stream as well")
+    options.add_argument("--models", nargs="+", help="p12: these models and no others, by name")
     args = parse(options)
     run = {"p12": p12, "eicu": eicu, "ehr": simulated, "covid": covid}
     finish(args, [r for section in args.only for r in run[section](args)])
@@ -140,9 +141,12 @@ def _p12_models(args, cohort):
     if not args.quick:
         others["stacking with trees"] = lambda seed: _stacking(modalities, seed)
     for name, make in (rivals | parts | others).items():
-        cohort.run(name, make, args.seeds)
-    cohort.average("average with trees", MMNAR, TREES)
-    cohort.average("two trees", TREES, f"{TREES} other seed")
+        if args.models is None or name in args.models:
+            cohort.run(name, make, args.seeds)
+    averages = {"average with trees": (MMNAR, TREES), "two trees": (TREES, f"{TREES} other seed")}
+    for name, both in averages.items():
+        if set(both) <= set(cohort.proba):
+            cohort.average(name, *both)
     pairs = [
         (MMNAR, FUSION), (MMNAR, f"{FUSION}(concat)"), (MMNAR, TREES), (MMNAR, f"{TREES}+windows"),
         ("stacking with trees", TREES), ("stacking with trees", "two trees"),

@@ -360,7 +360,7 @@ def second_stage(kind, class_weight, seed):
         return make_pipeline(Seen(), estimator.set_params(**unset))
     if kind == "hgb":
         trees = HistGradientBoostingClassifier(
-            learning_rate=0.05, max_iter=150, max_leaf_nodes=15, min_samples_leaf=20,
+            learning_rate=0.08, max_iter=100, max_leaf_nodes=15, min_samples_leaf=20,
             l2_regularization=1.0, max_features=0.3, class_weight=class_weight, random_state=seed,
         )  # fmt: skip
         return make_pipeline(Seen(), trees)

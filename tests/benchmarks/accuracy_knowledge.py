@@ -165,14 +165,13 @@ def planted(args):
     if graph is None:
         return []
     sizes = (600, 1000) if args.quick else (1500, 3000)
-    rows = []
+    kinds, rows = {"note": Text("note"), "table": Tabular(["age"])}, []
     for seed in args.seeds:
         X, y = planted_cohort(graph, sum(sizes), seed)
         cohort = cohort_of(args, f"planted/{seed}", "joined in the graph", X, y,
                            one_split(*sizes), None)  # fmt: skip
         for name, knowledge in variants(graph).items():
-            cohort.run(name, lambda s, k=knowledge: two_stages(
-                {"note": Text("note")}, k, s, stage2="lr"), [seed])  # fmt: skip
+            cohort.run(name, lambda s, k=knowledge: two_stages(kinds, k, s, stage2="lr"), [seed])
         pairs = [(f"{MODEL}(with knowledge)", f"{MODEL}({c})") for c in CONTROLS]
         rows += cohort.score_rows() + cohort.pair_rows(pairs)
     return rows
@@ -194,7 +193,7 @@ def planted_cohort(graph, n, seed, risk=(0.15, 0.6)):
     says = says[rng.integers(len(says), size=n)]
     notes = [s.format(names[a], names[b]) for s, a, b in zip(says, head, tail, strict=True)]
     y = pd.Series((rng.random(n) < np.where(joined, risk[1], risk[0])).astype(int))
-    return pd.DataFrame({"note": notes}), y
+    return pd.DataFrame({"note": notes, "age": rng.normal(65, 10, n)}), y  # no two rows alike
 
 
 def variants(graph, **options):

@@ -6,6 +6,7 @@ import numpy as np
 from scipy import sparse
 
 from ehrfuse._runtime import import_optional
+from ehrfuse.knowledge._tables import names_code
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,22 @@ def detect(graph, max_size: int, seed: int) -> Communities:
     else:
         levels = _leiden_levels(native, upper, max_size, seed)
     return _ordered(levels, graph.n_nodes)
+
+
+def summarise(graph, communities: Communities, max_facts: int) -> list[str]:
+    """The weightiest facts of every community, in words."""
+    facts = graph.facts
+    told = ~np.array([names_code(r) for r in graph.relations], dtype=bool)
+    told = told[facts["relation"].to_numpy()]
+    head, tail = facts["head"].to_numpy(), facts["tail"].to_numpy()
+    degree = np.bincount(head, minlength=graph.n_nodes) + np.bincount(tail, minlength=graph.n_nodes)
+    weight = facts["weight"].to_numpy() * np.log1p(degree[head])
+    said = []
+    for rows in communities.facts_within(head, tail):
+        rows = rows[told[rows]]
+        best = rows[np.argsort(-weight[rows], kind="stable")[:max_facts]]
+        said.append(" ".join(graph.sentences(np.sort(best))))
+    return said
 
 
 def affirmed(graph) -> sparse.csr_array:

@@ -249,3 +249,19 @@ def unpack(raw, ends):
     text, starts = raw.tobytes(), np.concatenate([[0], ends[:-1]]) if len(ends) else ends
     words = [text[a:b].decode() for a, b in zip(starts, ends, strict=True)]
     return np.array(words, dtype=object)
+
+
+def arrays_of(graph, version) -> dict[str, np.ndarray]:
+    """Everything in a graph as arrays of numbers: what is written and what is hashed."""
+    named = np.where(graph.node_names == graph.node_ids, "", graph.node_names)
+    text = {"nodes.id": graph.node_ids, "nodes.name": named, "nodes.type": graph.node_types,
+            "relations": graph.relations, "sources": graph.sources, "evidence": graph.evidence,
+            "aliases": graph.aliases["alias"].to_numpy(dtype=object)}  # fmt: skip
+    arrays = {"ehrfuse_graph": np.array(version)}
+    for name, words in text.items():
+        arrays[f"{name}.utf8"], arrays[f"{name}.ends"] = pack(words)
+    return arrays | {
+        "head": graph.head, "relation": graph.relation, "tail": graph.tail, "weight": graph.weight,
+        "source": graph.source, "date": graph.date.astype("int64"), "triple_id": graph.triple_id,
+        "alias_node": graph.aliases["node"].to_numpy(),
+    }  # fmt: skip

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from ehrfuse.knowledge import _tables
-from ehrfuse.knowledge._communities import Communities, detect
+from ehrfuse.knowledge._communities import Communities, detect, summarise
 
 __all__ = ["KnowledgeGraph"]
 
@@ -513,19 +513,7 @@ class KnowledgeGraph:
         -------
         summaries : list of str
         """
-        codes = np.array([_tables.names_code(r) for r in self.relations], dtype=bool)
-        told_at_all = ~codes[self.facts["relation"].to_numpy()]
-        facts = self.facts
-        degree = np.bincount(facts["head"], minlength=self.n_nodes)
-        degree = degree + np.bincount(facts["tail"], minlength=self.n_nodes)
-        weight = facts["weight"].to_numpy() * np.log1p(degree[facts["head"]])
-        found = communities.facts_within(facts["head"].to_numpy(), facts["tail"].to_numpy())
-        told = []
-        for rows in found:
-            rows = rows[told_at_all[rows]]
-            best = rows[np.argsort(-weight[rows], kind="stable")[:max_facts]]
-            told.append(" ".join(self.sentences(np.sort(best))))
-        return told
+        return summarise(self, communities, max_facts)
 
     # ------------------------------------------------------------ as a value
 
@@ -533,7 +521,7 @@ class KnowledgeGraph:
     def fingerprint(self):
         """Digest of everything in the graph."""
         digest = hashlib.blake2b(digest_size=8)
-        for name, array in self._arrays().items():
+        for name, array in _tables.arrays_of(self, VERSION).items():
             digest.update(name.encode() + array.tobytes())
         return digest.hexdigest()
 
@@ -547,7 +535,7 @@ class KnowledgeGraph:
         path = Path(path)
         part = path.with_name(path.name + ".part")
         with part.open("wb") as file:  # a killed run leaves no half file under the real name
-            np.savez_compressed(file, **self._arrays())
+            np.savez_compressed(file, **_tables.arrays_of(self, VERSION))
         part.replace(path)
 
     @classmethod
@@ -580,20 +568,6 @@ class KnowledgeGraph:
         graph = cls(nodes, triples, aliases)
         graph.triple_id = columns["triple_id"]
         return graph
-
-    def _arrays(self):
-        named = np.where(self.node_names == self.node_ids, "", self.node_names)
-        text = {"nodes.id": self.node_ids, "nodes.name": named, "nodes.type": self.node_types,
-                "relations": self.relations, "sources": self.sources, "evidence": self.evidence,
-                "aliases": self.aliases["alias"].to_numpy(dtype=object)}  # fmt: skip
-        arrays = {"ehrfuse_graph": np.array(VERSION)}
-        for name, words in text.items():
-            arrays[f"{name}.utf8"], arrays[f"{name}.ends"] = _tables.pack(words)
-        return arrays | {
-            "head": self.head, "relation": self.relation, "tail": self.tail, "weight": self.weight,
-            "source": self.source, "date": self.date.astype("int64"), "triple_id": self.triple_id,
-            "alias_node": self.aliases["node"].to_numpy(),
-        }  # fmt: skip
 
     def _node_table(self):
         named = np.where(self.node_names == self.node_ids, "", self.node_names)

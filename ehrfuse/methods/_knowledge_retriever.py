@@ -349,7 +349,9 @@ class KnowledgeRetriever(TransformerMixin, BaseEstimator):
         docs, drawn = [], sparse.lil_array(seeds.shape)
         for i in range(seeds.shape[0]):
             own = seeds[[i]]
-            key = f"{self.built_with_['random_state']} {own.indices.tolist()}".encode()
+            # Of the whole row: two rows of the same findings must not share what is drawn, or a
+            # draw would tell which findings they have.
+            key = f"{self.built_with_['random_state']} {found.keys[rows][i]}".encode()
             seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest())
             rng = np.random.default_rng(seed)
             n_words = int(retriever.lengths[plain.docs[i]].sum())
@@ -442,6 +444,7 @@ class _Findings:
     def __init__(self, retriever, X):
         engine = retriever._engine
         n, self.mentions, rows, nodes = len(X), [], [], []
+        self.keys = _row_keys(X) if retriever.built_with_["control"] == "random" else None
         self.tallies = np.zeros((n, 5))
         for column in retriever._text_columns():
             notes = notes_of(X[column])
@@ -462,6 +465,14 @@ class _Findings:
         shape = (n, engine.graph.n_nodes)
         self.counts = sparse.coo_array((np.ones(len(place[0])), place), shape).tocsr()
         self.counts.sum_duplicates()
+
+
+def _row_keys(X):
+    """A number for the content of every row: its numbers and words, whatever else is in X."""
+    plain = [c for c in X if not any(isinstance(v, list | dict | np.ndarray) for v in X[c].head(9))]
+    table = X[plain].astype(object)
+    table = table.where(table.notna(), "").astype(str)
+    return pd.util.hash_pandas_object(table, index=False).to_numpy()
 
 
 def notes_of(column):

@@ -337,18 +337,33 @@ def fit_one(estimator, X, y):
 # ---------------------------------------------------------------- the second stage
 
 
+class Seen(TransformerMixin, BaseEstimator):
+    """The columns of which some training row knows something; boosted trees trip over the rest."""
+
+    def fit(self, X, y=None):
+        """Find them."""
+        self.kept_ = np.flatnonzero((~np.isnan(X)).any(axis=0))
+        self.kept_ = self.kept_ if len(self.kept_) else np.arange(X.shape[1])
+        return self
+
+    def transform(self, X):
+        """Cut them out."""
+        return X[:, self.kept_]
+
+
 def second_stage(kind, class_weight, seed):
     """The classifier that joins all features."""
     if not isinstance(kind, str):
         estimator = clone(kind)
         names = [n for n in estimator.get_params() if n.split("__")[-1] == "random_state"]
         unset = {n: seed for n in names if estimator.get_params()[n] is None}
-        return estimator.set_params(**unset)
+        return make_pipeline(Seen(), estimator.set_params(**unset))
     if kind == "hgb":
-        return HistGradientBoostingClassifier(
-            learning_rate=0.05, max_iter=150, max_leaf_nodes=15, min_samples_leaf=20,
+        trees = HistGradientBoostingClassifier(
+            learning_rate=0.08, max_iter=100, max_leaf_nodes=15, min_samples_leaf=20,
             l2_regularization=1.0, max_features=0.3, class_weight=class_weight, random_state=seed,
         )  # fmt: skip
+        return make_pipeline(Seen(), trees)
     if kind == "xgboost":
         xgboost = import_optional("xgboost", "boost")
         return xgboost.XGBClassifier(

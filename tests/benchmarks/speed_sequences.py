@@ -9,6 +9,7 @@ from _common import finish, parse, parser, row  # first: it sets the number of t
 # ruff: isort: on
 
 import time
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -103,7 +104,7 @@ class RowViews(Dataset):
         cuts = ragged["code"][1]
         self.y = torch.from_numpy(data.y)
         self.parts = {
-            name: [torch.from_numpy(flat[a:b]) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+            name: [torch.from_numpy(flat[a:b]) for a, b in pairwise(cuts)]
             for name, (flat, _) in ragged.items()
         }
 
@@ -207,9 +208,7 @@ def fit(args):
     X, y, modalities = data.X.iloc[:n], data.y.iloc[:n], data.modalities
     models = {
         "RAPTClassifier(no pretraining)": RAPTClassifier(modalities, random_state=0),
-        "RAPTClassifier": RAPTClassifier(
-            modalities, pretrained=RAPTPretrainer(max_epochs=5), random_state=0
-        ),
+        "RAPTClassifier": RAPTClassifier(modalities, pretrained=RAPTPretrainer(), random_state=0),
     }
     for name in ("lstm", "retain", "grud"):
         models[f"SequenceClassifier({name})"] = SequenceClassifier(

@@ -78,3 +78,18 @@ def test_parts_that_disagree_are_refused():
         Block(np.ones(3, bool), {"x": np.ones((2, 1))})
     with pytest.raises(ValueError, match="disagree"):
         Batch({"a": {"x": torch.ones(3, 1)}}, {"a": torch.ones(2, dtype=torch.bool)})
+
+
+def test_a_set_followed_by_another():
+    """Rows, flat parts and offsets line up; the rows of the other set are other patients."""
+    offsets = np.array([0, 2, 3])
+    block = Block(np.array([True, False]), {"x": np.arange(2.0)}, {"t": (np.arange(3), offsets)})
+    one = Data({"a": block}, np.array([1]), weight=np.ones(2, "float32"), groups=np.array([4, 7]))
+    other = Data({"a": block}, np.array([0, 1]), weight=np.zeros(2, "float32"))
+    both = one.followed_by(other)
+    assert both.rows.tolist() == [1, 2, 3]
+    assert both.groups.tolist() == [4, 7, 8, 9]
+    assert both.weight.tolist() == [1, 1, 0, 0]
+    batch = both.batch(np.arange(3))
+    assert batch.inputs["a"]["t"].tolist() == [[2, 0], [0, 1], [2, 0]]
+    assert batch.inputs["a"]["x"].tolist() == [1, 0, 1]

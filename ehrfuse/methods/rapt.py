@@ -31,6 +31,9 @@ from ehrfuse.nn.timeline import TimeAwareBlock
 __all__ = ["RAPTClassifier", "RAPTPretrainer", "RAPTRegressor"]
 
 ATTENTION = ("position", "gap", "release", "plain")
+# Of the transformer and its visits. The small networks beside it need few small steps; at the same
+# rate the transformer had hardly begun when they were done.
+LR_SCALE = 3.0
 MAX_PAIRS = 200_000  # of training rows, whose distances set the thresholds
 
 
@@ -99,6 +102,8 @@ class RAPTBase(TimelineCore):
             p.d_model, p.n_heads, p.n_layers, p.attention, p.head_width, p.shared_token
         )
         super().__init__(modalities, p.d_model, p.n_members, trunk, heads)
+        for part in (self.trunk, *(self.encoders[track.name] for track in self.tracks)):
+            part.lr_scale = LR_SCALE
 
     def shared_side(self, side, there):
         """Side vectors for the trunk, which all members share: their mean (b, s, d), (b, s)."""
@@ -455,9 +460,11 @@ class RAPTPretrainer(_RAPT, TorchEncoder):
         the training rows where it has ``fit``. They are pretrained on beside the real ones.
     n_generated : int or None, default=None
         Generated rows; None is as many as there are training rows.
-    pretrained, freeze, max_epochs, batch_size, lr, weight_decay, patience : optional
+    max_epochs : int, default=5
+        The learning rate falls along a cosine to zero over these epochs; each has three passes.
+    pretrained, freeze, batch_size, lr, weight_decay, patience, validation_fraction : optional
         See `ehrfuse.base.TorchEstimator`.
-    validation_fraction, groups, memory, amp, random_state, device, verbose : optional
+    groups, memory, amp, random_state, device, verbose : optional
         See `ehrfuse.base.TorchEstimator`.
 
     Attributes
@@ -529,7 +536,7 @@ class RAPTPretrainer(_RAPT, TorchEncoder):
         n_generated=None,
         pretrained=None,
         freeze=(),
-        max_epochs=10,
+        max_epochs=5,
         batch_size="auto",
         lr=2e-3,
         weight_decay=1.0,
@@ -716,7 +723,7 @@ class RAPTClassifier(_RAPTOutcome, TorchClassifier):
         Width of the bins that make visits of `Events`, in their `time_unit`; None is 1.
     max_visits : int or None, default=None
         Latest bins kept of an `Events`; None is 64. `Visits` have a parameter of their own.
-    dropout : float, default=0.5
+    dropout : float, default=0.2
         On the patient vector before the head, and share of a visit's numbers hidden from every
         training row: a network on a few thousand rows otherwise leans on few of them.
     class_weight : dict, "balanced" or None, default=None
@@ -794,7 +801,7 @@ class RAPTClassifier(_RAPTOutcome, TorchClassifier):
         summary=True,
         bin=None,
         max_visits=None,
-        dropout=0.5,
+        dropout=0.2,
         class_weight=None,
         pretrained=None,
         freeze=(),
@@ -858,7 +865,7 @@ class RAPTRegressor(_RAPTOutcome, TorchRegressor):
         Width of the bins that make visits of `Events`, in their `time_unit`; None is 1.
     max_visits : int or None, default=None
         Latest bins kept of an `Events`; None is 64. `Visits` have a parameter of their own.
-    dropout : float, default=0.5
+    dropout : float, default=0.2
         On the patient vector before the head, and share of a visit's numbers hidden from every
         training row: a network on a few thousand rows otherwise leans on few of them.
     pretrained, freeze, max_epochs, batch_size, lr, weight_decay, patience : optional
@@ -906,7 +913,7 @@ class RAPTRegressor(_RAPTOutcome, TorchRegressor):
         summary=True,
         bin=None,
         max_visits=None,
-        dropout=0.5,
+        dropout=0.2,
         pretrained=None,
         freeze=(),
         max_epochs=10,

@@ -9,7 +9,6 @@ from numbers import Integral, Real
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import torch
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state, check_scalar
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 
 from ehrfuse._runtime import resolve_device, seeded
 from ehrfuse.modalities import Visits
+from ehrfuse.modalities._convert import visits_column
 from ehrfuse.modalities._streams import read_records
 from ehrfuse.nn.recurrent import last_of
 
@@ -245,11 +245,7 @@ class VisitGAN(BaseEstimator):
         scale = self.visits_.scale_
         numbers = made[..., :f] * scale.scale + scale.center
         numbers[made[..., f : 2 * f] < 0.5] = np.nan
-        parts = [pa.array(time[keep].astype("float32"))]
-        parts += [pa.array(x, mask=np.isnan(x)) for x in numbers[keep].T.astype("float32")]
-        records = pa.StructArray.from_arrays(parts, ["time", *self.visits_.numeric_fields_])
-        offsets = pa.array(np.concatenate([[0], np.cumsum(length)]).astype("int32"))
-        return pd.arrays.ArrowExtensionArray(pa.ListArray.from_arrays(offsets, records))
+        return visits_column(time[keep], numbers[keep], self.visits_.numeric_fields_, length)
 
 
 def _latest(X, column):

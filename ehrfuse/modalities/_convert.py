@@ -68,6 +68,14 @@ def _lists(records, count, present):
     return pa.ListArray.from_arrays(offsets, records, type=kind, mask=pa.array(~present))
 
 
+def visits_column(time, numbers, names, count):
+    """Arrow cells of visits from their times (v,), numbers (v, f) with NaN, and visits per row."""
+    parts = [pa.array(time.astype("float32"))]
+    parts += [pa.array(x, mask=np.isnan(x)) for x in numbers.T.astype("float32")]
+    visits = pa.StructArray.from_arrays(parts, ["time", *names])
+    return pd.arrays.ArrowExtensionArray(_lists(visits, count, np.ones(len(count), bool)))
+
+
 class EventsToVisits(_Converter):
     """Cut coded events into visits: one record per bin of time in which anything happened.
 

@@ -48,7 +48,6 @@ SECTIONS = ("p12", "c", "e", "diabetes", "mimic", "synpuf", "prenatal")
 RAPT, TREES, XGB = "RAPTClassifier", "HistGradientBoosting", "XGBoost"
 BASELINES = ("lstm", "transformer", "retain", "tlstm", "dipole", "hitanet", "grud")
 TASKS = ("similarity", "masked", "reasonability")
-EPOCHS = 5  # of pretraining
 
 
 def main():
@@ -128,7 +127,7 @@ def rapt(modalities, seed, *, kind=RAPTClassifier, pretrain=True, tasks=TASKS, a
     if pretrain:
         shared = {k: v for k, v in params.items() if k not in ("summary", "dropout", "max_epochs")}
         off = {f"{task}_weight": 0.0 for task in TASKS if task not in tasks}
-        pretrained = RAPTPretrainer(max_epochs=EPOCHS, augment=augment, **shared, **off)
+        pretrained = RAPTPretrainer(augment=augment, **shared, **off)
     return kind(modalities, pretrained=pretrained, groups=groups, random_state=seed, **params)
 
 

@@ -204,8 +204,9 @@ class NoteSectionizer(TransformerMixin, BaseEstimator):
     Parameters
     ----------
     column : str, default="note"
-    sections : tuple of str, default=SECTIONS
-        Headings to keep, whatever their case: a line that starts with one and a colon.
+    sections : tuple of str or None, default=None
+        Headings to keep, whatever their case: a line that starts with one and a colon. None keeps
+        the chief complaint, the present illness, the medical history and the drugs on admission.
     max_words : int or None, default=None
         Cut longer texts in the middle: their start and their end stay.
     hide_terms : tuple of str, default=()
@@ -221,7 +222,7 @@ class NoteSectionizer(TransformerMixin, BaseEstimator):
     ['Chief Complaint: chest pain\nMedical History: ', 'No headings here', None]
     """
 
-    def __init__(self, column="note", *, sections=SECTIONS, max_words=None, hide_terms=()):
+    def __init__(self, column="note", *, sections=None, max_words=None, hide_terms=()):
         self.column = column
         self.sections = sections
         self.max_words = max_words
@@ -273,7 +274,8 @@ class NoteSectionizer(TransformerMixin, BaseEstimator):
 
     def _keep(self, note):
         found = list(_HEADING.finditer(note))
-        wanted = {section.lower() for section in self.sections}
+        sections = SECTIONS if self.sections is None else self.sections
+        wanted = {section.lower() for section in sections}
         if not found:
             return note
         ends = [match.start() for match in found[1:]] + [len(note)]

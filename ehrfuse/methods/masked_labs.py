@@ -10,6 +10,7 @@ Axes: b - batch, t - measured values of a row, v - visible, h - hidden ones, q -
 c - analytes, m - modalities, d - d_model.
 """
 
+import math
 import warnings
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
@@ -33,6 +34,7 @@ from ehrfuse.nn.lab_transformer import LabDecoder
 __all__ = ["MaskedLabPretrainer"]
 
 MASKINGS = ("uniform", "proportional", "copy")
+SPREAD_WEIGHT = 0.1
 DELTA = 3.0  # standard deviations from which on an error counts linearly
 SCORED = 0.25  # share of values hidden where nothing is learned: validation rows, `score`
 
@@ -93,8 +95,10 @@ class MaskedLabCore(Core):
 
     def __init__(self, modalities, p):
         encoders = {name: m.make_encoder(p.d_model) for name, m in modalities.items()}
+        # As wide as the heads of the encoder.
+        n_heads = math.gcd(max(1, p.n_heads * p.d_model // p.width), p.d_model)
         decoders = {
-            name: LabDecoder(m.n_codes, p.d_model, p.decoder_layers, p.n_heads, p.use_time)
+            name: LabDecoder(m.n_codes, p.d_model, p.decoder_layers, n_heads, p.use_time)
             for name, m in modalities.items()
         }
         heads = nn.ModuleDict(
@@ -140,16 +144,11 @@ class MaskedLabCore(Core):
         for name in self.encoders:
             self._split(name, batch.inputs[name], shown, asked)
         memory, mask = self.remember(shown)
-        terms = {"reconstruction": [], "spread": [], "visible": []}
-        for name, (hidden, visible) in asked.items():
-            self._compare(name, hidden, memory, mask, terms["reconstruction"], terms["spread"])
-            if self.training and self.visible_weight:
-                self._compare(name, visible, memory, mask, terms["visible"], [])
-        weights = {"reconstruction": 1.0, "spread": 0.1, "visible": self.visible_weight}
+        terms = [self._errors(name, *parts, memory, mask) for name, parts in asked.items()]
+        weights = {"reconstruction": 1.0, "spread": SPREAD_WEIGHT, "visible": self.visible_weight}
         return {
-            name: weights[name] * torch.stack(parts).mean()
-            for name, parts in terms.items()
-            if parts
+            name: weights[name] * torch.stack([term[name] for term in terms]).mean()
+            for name in terms[0]
         }
 
     def monitor(self, terms):
@@ -188,15 +187,28 @@ class MaskedLabCore(Core):
             hidden = torch.where(useful[:, None], other, hidden)
         return hidden
 
-    def _compare(self, name, asked, memory, mask, errors, spreads):
-        parts, known = asked
-        guess, spread = self.answer(name, parts["code"], parts.get("time"), memory, mask)
-        truth = torch.where(known, parts["standard"], guess.detach())
-        n = known.sum().clamp(min=1)
-        errors.append(F.huber_loss(guess, truth, reduction="sum", delta=DELTA) / n)
-        miss = (guess - truth).detach().abs()
-        laplace = torch.where(known, miss * torch.exp(-spread) + spread, 0.0)
-        spreads.append(laplace.sum() / n)
+    def _errors(self, name, hidden, visible, memory, mask):
+        """Errors of one modality: of hidden values, of their likely errors, of visible ones."""
+        sets = {"reconstruction": hidden}
+        if self.training and self.visible_weight:
+            sets["visible"] = visible
+        parts = [part for part, _ in sets.values()]
+        code, truth = (torch.cat([p[key] for p in parts], 1) for key in ("code", "standard"))
+        time = torch.cat([p["time"] for p in parts], 1) if "time" in parts[0] else None
+        guess, spread = self.answer(name, code, time, memory, mask)
+        widths = [part["code"].shape[1] for part in parts]
+        errors, start = {}, 0
+        for (key, (_, known)), width in zip(sets.items(), widths, strict=True):
+            here = slice(start, start + width)
+            start += width
+            error = torch.where(known, guess[:, here] - truth[:, here], 0.0)
+            n = known.sum().clamp(min=1)
+            size = F.huber_loss(error, torch.zeros_like(error), reduction="sum", delta=DELTA)
+            errors[key] = size / n
+            if key == "reconstruction":  # of a Laplace distribution, whose scale it is
+                scale = torch.where(known, spread[:, here], 0.0)
+                errors["spread"] = (error.detach().abs() * torch.exp(-scale) + scale).sum() / n
+        return errors
 
 
 class Answers(nn.Module):
@@ -252,7 +264,7 @@ class MaskedLabPretrainer(TorchEncoder):
     use_time : bool, default=False
         Tell the time since every value of `Events` was drawn. The cells of `Labs` have none.
     dropout : float, default=0.0
-    max_epochs : int, default=50
+    max_epochs : int, default=20
         The learning rate falls along a cosine to zero over these epochs.
     batch_size : int or "auto", default=64
         "auto" is a twelfth of the training rows, at least 16 and at most 256.
@@ -334,7 +346,7 @@ class MaskedLabPretrainer(TorchEncoder):
         dropout=0.0,
         pretrained=None,
         freeze=(),
-        max_epochs=50,
+        max_epochs=20,
         batch_size=64,
         lr=2e-3,
         weight_decay=0.05,

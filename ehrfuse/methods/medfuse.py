@@ -50,6 +50,7 @@ class MEDFuseCore(Core):
         if p.joint == "none":
             self.mi_weight = self.guard_weight = 0.0
         self.mutual = MutualInformation(2 * p.d_model, p.d_model) if self.mi_weight else None
+        self._seen = None
 
     def forward(self, batch):
         """Logits (b, e, k)."""
@@ -88,7 +89,9 @@ class MEDFuseCore(Core):
         parts = self._parts(batch)
         terms = {"outcome": self.target.loss(self._predict(parts), batch.y, batch.weight)}
         if self.mutual is not None:
-            terms["mutual_information"] = self.mi_weight * self.mutual.bound(*_pair(parts))
+            pair = _pair(parts)
+            terms["mutual_information"] = self.mi_weight * self.mutual.bound(*pair)
+            self._seen = tuple(x.detach() for x in pair) if self.training else self._seen
         if self.guard_weight and len(batch) > 1:
             terms["collapse"] = self.guard_weight * collapse(parts["shared"])
         return terms
@@ -98,11 +101,9 @@ class MEDFuseCore(Core):
         return terms["outcome"]
 
     def on_step_begin(self, batch):
-        """Fit the net of the bound to this batch, by its own optimiser."""
-        if self.mutual is not None:
-            with torch.no_grad():
-                pair = _pair(self._parts(batch))
-            self.mutual.learn(*pair, self.mi_steps)
+        """Fit the net of the bound to what the step before has seen, by its own optimiser."""
+        if self.mutual is not None and self._seen is not None:
+            self.mutual.learn(*self._seen, self.mi_steps)
 
     def param_groups(self, lr, weight_decay):
         """All parameters but those of the bound's net."""
@@ -510,5 +511,5 @@ def _best_threshold(y, p):
     f1 = 2 * hits / (np.arange(1, len(y) + 1) + hits[-1])
     falling = np.append(np.diff(p[order]) < 0, True)  # a threshold cannot part equal probabilities
     best = int(np.argmax(np.where(falling, f1, -1.0)))
-    below = p[order][best + 1] if best + 1 < len(y) else 0.0
+    below = p[order][best + 1] if best + 1 < len(y) else p[order][best] - 0.01
     return float((p[order][best] + below) / 2)

@@ -163,6 +163,7 @@ class TableTokens(Tokens):
         table = read_numbers(cells, self.columns_)
         # A column that no training row had is not read: nobody trained its vector.
         known = ~np.isnan(table) & self.maskable_ & present[:, None]
+        present = known.any(axis=1)
         offsets = np.concatenate([[0], np.cumsum(known.sum(1))]).astype("int64")
         time = np.zeros(known.sum(), "float32") if self.use_time else None
         return self._block(present, np.nonzero(known)[1], table[known], offsets, time)

@@ -85,6 +85,9 @@ class Disentangled(nn.Module):
                 nn.Sequential(nn.LayerNorm(d_model), nn.Linear(d_model, width)) for _ in range(2)
             )
             self.shared = CrossBlock(d_model, n_heads, 2 * d_model, dropout)
+            # Not their mean: of an outer product that would leave one factor's mean.
+            n_queries = d_model if joint == "kron" else RANK
+            self.read = nn.Linear(n_queries * d_model, d_model)
             self.norm = nn.LayerNorm(d_model)
 
     @property
@@ -124,7 +127,7 @@ class Disentangled(nn.Module):
             query = (a * b).unflatten(1, (RANK, self.d_model))
         tokens = torch.cat([x for x, _ in context], 1)
         mask = torch.cat([mask for _, mask in context], 1)
-        return self.norm(self.shared(query, tokens, mask).mean(1))
+        return self.norm(self.read(self.shared(query, tokens, mask).flatten(1)))
 
 
 def collapse(shared: Tensor) -> Tensor:

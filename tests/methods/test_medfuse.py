@@ -1,0 +1,469 @@
+"""What is true of MEDFuse: the bound, the guard, disentangled parts, out-of-fold text, no leak."""
+
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+from sklearn.base import clone
+from sklearn.metrics import f1_score, roc_auc_score
+from tiny_models import write_bert, write_llama
+from torch.distributions import Normal
+
+from ehrfuse import Embedding, Labs, LabTextifier, MEDFuseClassifier, NoteSectionizer, Text
+from ehrfuse.datasets import make_ehr
+from ehrfuse.methods import medfuse
+from ehrfuse.nn.disentangled import Disentangled, MutualInformation, collapse
+from ehrfuse.nn.losses import gaussian_nll, vclub
+
+SMALL = {"d_model": 8, "n_members": 2, "width": 16, "lab_layers": 1, "random_state": 0}
+WORDS = ["cough", "fever", "pain", "clear", "stable", "nausea", "rash", "edema"]
+
+
+def made(n=300, seed=0):
+    """Labels from the text, from the labs, and from both; patients of two rows."""
+    rng = np.random.default_rng(seed)
+    word = rng.random((n, len(WORDS))) < 0.5
+    labs = rng.normal(size=(n, 4))
+    text = [" ".join(np.array(WORDS)[row]) for row in word]
+    both = (word[:, 1] & (labs[:, 1] > 0)).astype(float)
+    y = pd.DataFrame({"text": word[:, 0] * 1.0, "labs": (labs[:, 0] > 0) * 1.0, "both": both})
+    X = pd.DataFrame(labs, columns=list("abcd")).assign(note=text, subject=np.arange(n) // 2)
+    return X, y
+
+
+def declared():
+    return {"note": Text("note"), "labs": Labs(list("abcd"))}
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    X, y = made()
+    return MEDFuseClassifier(declared(), max_epochs=3, **SMALL).fit(X, y)
+
+
+# ---------------------------------------------------------------- the bound
+
+
+def test_closed_form_equals_all_pairs():
+    torch.manual_seed(0)
+    mean, log_variance, y = torch.randn(3, 40, 5).unbind()
+    q = Normal(mean[:, None], (0.5 * log_variance).exp()[:, None])
+    pairs = q.log_prob(y[None]).sum(-1)  # (i, j)
+    torch.testing.assert_close(
+        vclub(mean, log_variance, y), pairs.diagonal().mean() - pairs.mean(), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_nll_is_that_of_a_normal():
+    mean, log_variance, y = torch.randn(3, 40, 5).unbind()
+    exact = -Normal(mean, (0.5 * log_variance).exp()).log_prob(y).sum(-1).mean()
+    ours = gaussian_nll(mean, log_variance, y) + 2.5 * np.log(2 * np.pi)
+    torch.testing.assert_close(ours, exact)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.7])
+def test_bound_is_above_the_truth_and_near_zero_for_independent(rho):
+    torch.manual_seed(0)
+    d, net = 4, MutualInformation(4, 4)
+    truth = -d / 2 * np.log(1 - rho**2)
+
+    def draw(n):
+        x = torch.randn(n, d)
+        return x, rho * x + (1 - rho**2) ** 0.5 * torch.randn(n, d)
+
+    for _ in range(150):
+        x, y = draw(256)
+        net.learn(x, y, 3)
+    with torch.no_grad():
+        found = float(net.bound(*draw(4000)))
+    if rho:
+        # Both are normalised row by row, which removes one axis and the length of every row.
+        assert found >= 0.5 * truth
+    else:
+        assert abs(found) < 0.15
+
+
+def test_bound_without_the_normalisation_is_above_the_truth():
+    """With q exact, the closed form is at least the mutual information of the two."""
+    torch.manual_seed(0)
+    rho, d = 0.7, 4
+    x = torch.randn(20_000, d)
+    y = rho * x + (1 - rho**2) ** 0.5 * torch.randn(20_000, d)
+    log_variance = torch.full_like(x, float(np.log(1 - rho**2)))
+    assert vclub(rho * x, log_variance, y) >= -d / 2 * np.log(1 - rho**2) - 0.1
+
+
+def test_gradients_of_bound_and_net_are_kept_apart():
+    net = MutualInformation(6, 3)
+    x, y = torch.randn(20, 6, requires_grad=True), torch.randn(20, 3, requires_grad=True)
+    net.bound(x, y).backward()
+    assert x.grad.any()
+    assert y.grad.any()
+    assert all(p.grad is None for p in net.parameters())
+    x.grad = y.grad = None
+    before = [p.detach().clone() for p in net.parameters()]
+    net.learn(x, y, 2)
+    assert x.grad is None
+    assert y.grad is None
+    assert any(not torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+
+
+def test_the_net_is_left_out_of_the_outer_optimiser(fitted):
+    core = fitted.module_
+    own = {id(p) for p in core.mutual.parameters()}
+    groups = core.param_groups(1e-3, 0.1)
+    held = {id(p) for group in groups for p in group["params"]}
+    assert not held & own
+    assert held | own == {id(p) for p in core.parameters()}
+
+
+def test_weight_zero_is_the_term_removed():
+    X, y = made(60)
+    model = MEDFuseClassifier(declared(), mi_weight=0.0, max_epochs=1, **SMALL).fit(X, y)
+    assert model.module_.mutual is None
+    assert "train_mutual_information" not in model.history_[0]
+    batch = model._data(X, model.target_.encode(y), np.ones(60, "float32")).batch(np.arange(60))
+    parts = model.module_.eval()._parts(batch)
+    terms = model.module_.losses(batch)
+    assert set(terms) == {"outcome", "collapse"}
+    loss = model.target_.loss(model.module_._predict(parts), batch.y, batch.weight)
+    torch.testing.assert_close(terms["outcome"], loss)
+
+
+def test_guard_fires_on_a_constant_and_rests_otherwise():
+    constant = torch.ones(50, 8) + torch.arange(8.0)
+    assert collapse(constant) > 0.99
+    assert collapse(torch.randn(500, 8)) == 0
+    small = (0.01 * torch.randn(50, 8)).requires_grad_()
+    collapse(small).backward()
+    assert small.grad.any()
+
+
+def test_guard_keeps_the_shared_part_alive():
+    X, y = made(100)
+    spread = {}
+    for guard in (0.0, 1.0):
+        model = MEDFuseClassifier(
+            declared(), mi_weight=3.0, guard_weight=guard, max_epochs=8, **SMALL
+        ).fit(X, y)
+        parts = model.module_.eval()._parts(model._data(X).batch(np.arange(100)))
+        spread[guard] = float(parts["shared"].std(0).mean().detach())
+    assert spread[1.0] > spread[0.0]
+
+
+# ---------------------------------------------------------------- fusion
+
+
+@pytest.mark.parametrize("joint", ["kron", "lowrank", "none"])
+def test_shapes_and_rows_without_a_branch(joint):
+    torch.manual_seed(0)
+    trunk = Disentangled(8, 2, 1, joint, 0.0).eval()
+    a, b = torch.randn(4, 3, 8), torch.randn(4, 5, 8)
+    a_mask, b_mask = torch.ones(4, 3, dtype=torch.bool), torch.ones(4, 5, dtype=torch.bool)
+    a_mask[0], b_mask[1] = False, False
+    a_mask[2], b_mask[2] = False, False
+    parts = trunk([(a, a_mask), (b, b_mask)])
+    assert set(parts) == set(trunk.parts)
+    assert all(p.shape == (4, 8) and p.isfinite().all() for p in parts.values())
+    full = trunk([(a, torch.ones_like(a_mask)), (b, torch.ones_like(b_mask))])
+    assert not torch.allclose(full["text"][0], parts["text"][0])
+    torch.testing.assert_close(full["text"][3], parts["text"][3])
+    noise = trunk([(torch.where(a_mask[..., None], a, 9.0), a_mask), (b, b_mask)])
+    torch.testing.assert_close(noise["own_text"], parts["own_text"])
+
+
+def test_kronecker_query_is_the_outer_product():
+    trunk = Disentangled(8, 2, 1, "kron", 0.0).eval()
+    seen = []
+    trunk.shared.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    a, b = torch.randn(2, 1, 8), torch.randn(2, 1, 8)
+    mask = torch.ones(2, 1, dtype=torch.bool)
+    trunk([(a, mask), (b, mask)])
+    left, right = trunk.project[0](trunk.own[0](a, mask)[:, 0]), None
+    right = trunk.project[1](trunk.own[1](b, mask)[:, 0])
+    torch.testing.assert_close(seen[0][1], torch.outer(left[1], right[1]))
+
+
+def test_a_branch_missing_changes_the_prediction(fitted):
+    X, _ = made(20, seed=1)
+    p = fitted.predict_proba(X)
+    for column in (["note"], list("abcd")):
+        other = fitted.predict_proba(X.assign(**dict.fromkeys(column)))
+        assert np.isfinite(other).all()
+        assert not np.allclose(other, p)
+
+
+@pytest.mark.parametrize("part", ["note", "labs"])
+def test_one_branch_alone_fits(part):
+    X, y = made(80)
+    model = MEDFuseClassifier({part: declared()[part]}, max_epochs=1, **SMALL).fit(X, y)
+    assert np.isfinite(model.predict_proba(X)).all()
+
+
+def test_full_is_above_each_part():
+    X, y = made(900)
+    train, test = np.arange(500), np.arange(500, 900)
+    found = {}
+    for name, modalities in {
+        "full": declared(),
+        "text": declared() | {"labs": "drop"},
+        "labs": declared() | {"note": "drop"},
+    }.items():
+        model = MEDFuseClassifier(
+            modalities, max_epochs=15, weight_decay=0.01, **SMALL | {"d_model": 16}
+        ).fit(X.iloc[train], y.iloc[train])
+        p = model.predict_proba(X.iloc[test])
+        found[name] = [roc_auc_score(y.iloc[test, k], p[:, k]) for k in range(3)]
+    full, text, labs = (np.array(found[name]) for name in ("full", "text", "labs"))
+    assert full[0] > 0.95
+    assert full[1] > 0.95
+    assert text[0] > 0.95
+    assert labs[1] > 0.95
+    assert text[1] < 0.6
+    assert labs[0] < 0.6
+    assert full[2] > max(text[2], labs[2]) + 0.03
+
+
+def test_random_labels_are_a_coin():
+    X, _ = made(700)
+    y = pd.DataFrame(np.random.default_rng(1).integers(0, 2, (700, 4)) * 1.0)
+    model = MEDFuseClassifier(declared(), cross_fit=2, max_epochs=4, **SMALL)
+    p = model.fit(X.iloc[:300], y.iloc[:300]).predict_proba(X.iloc[300:])
+    scores = [roc_auc_score(y.iloc[300:, k], p[:, k]) for k in range(4)]
+    assert abs(np.mean(scores) - 0.5) < 0.05
+
+
+# ---------------------------------------------------------------- two stages
+
+
+def test_scores_of_training_rows_come_from_models_that_have_not_seen_the_patient(monkeypatch):
+    X, y = made(80)
+    seen = []
+    inner = MEDFuseClassifier._fit
+
+    def spy(self, X, *args, **options):
+        seen.append((list(self.modalities), set(X["subject"])))
+        return inner(self, X, *args, **options)
+
+    monkeypatch.setattr(MEDFuseClassifier, "_fit", spy)
+    model = MEDFuseClassifier(declared(), cross_fit=4, groups="subject", max_epochs=1, **SMALL)
+    model.fit(X, y)
+    folds = [subjects for names, subjects in seen[:4]]
+    assert all(names == ["note"] for names, _ in seen[:5])
+    assert seen[5][0] == ["note", "labs"]
+    everybody = set(X["subject"])
+    assert seen[4][1] == everybody
+    held_out = [everybody - subjects for subjects in folds]
+    assert sum(map(len, held_out)) == len(everybody) == len(set.union(*held_out))
+
+
+def test_labels_of_a_row_do_not_reach_its_own_text_score(monkeypatch):
+    X, y = made(80)
+    scores = []
+
+    def spy(self, X, p=None):
+        if p is not None:
+            scores.append(p.copy())
+        return original(self, X, p)
+
+    original = MEDFuseClassifier._with_scores
+    monkeypatch.setattr(MEDFuseClassifier, "_with_scores", spy)
+    model = MEDFuseClassifier(declared(), cross_fit=2, groups="subject", max_epochs=1, **SMALL)
+    clone(model).fit(X, y)
+    flipped = y.copy()
+    rows = X["subject"] == X["subject"].iloc[0]
+    flipped.loc[rows] = 1 - flipped.loc[rows]
+    clone(model).fit(X, flipped)
+    np.testing.assert_array_equal(scores[0][rows], scores[1][rows])
+    assert not np.allclose(scores[0], scores[1])
+
+
+def test_two_stages_predict_save_and_lack_a_note():
+    X, y = made(100)
+    model = MEDFuseClassifier(declared(), cross_fit=2, max_epochs=2, **SMALL).fit(X, y)
+    p = model.predict_proba(X)
+    assert p.shape == (100, 3)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(model)).predict_proba(X), p)
+    np.testing.assert_array_equal(model.predict_proba(X[list(X)[::-1]].assign(more=1)), p)
+    assert np.isfinite(model.predict_proba(X.assign(note=None))).all()
+    assert model.predict(X).shape == (100, 3)
+    binary = clone(model).fit(X, y["text"])
+    assert binary.predict_proba(X).shape == (100, 2)
+    with pytest.raises(ValueError, match="cross_fit needs a Text modality"):
+        MEDFuseClassifier({"labs": Labs(["a"])}, cross_fit=2).fit(X, y)
+
+
+def test_test_labels_and_rows_leave_predictions_alone(fitted):
+    X, _ = made(40, seed=3)
+    p = fitted.predict_proba(X)
+    np.testing.assert_allclose(fitted.predict_proba(X.iloc[10:20]), p[10:20], atol=1e-7)
+
+
+# ---------------------------------------------------------------- thresholds
+
+
+def test_best_threshold_is_the_best_of_all():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        y = (rng.random(30) < 0.3).astype(float)
+        p = rng.integers(0, 12, 30) / 12
+        y[0] = 1
+        found = medfuse._best_threshold(y, p)
+        best = max(f1_score(y, p > t) for t in [-0.01, *np.unique(p)[:-1]])
+        assert f1_score(y, p > found) == pytest.approx(best)
+    y[:] = np.nan
+    assert medfuse._best_threshold(y, p) == 0.5
+    assert medfuse._best_threshold(np.zeros(30), p) == 0.5
+
+
+@pytest.mark.parametrize("validation_fraction", [None, 0.3])
+@pytest.mark.parametrize("cross_fit", [None, 2])
+def test_thresholds_come_from_rows_that_are_held_out(validation_fraction, cross_fit):
+    X, y = made(120)
+    y["rare"] = (np.arange(120) % 10 == 0) * 1.0
+    model = MEDFuseClassifier(
+        declared(), thresholds="f1", validation_fraction=validation_fraction,
+        cross_fit=cross_fit, max_epochs=1, **SMALL,
+    ).fit(X, y)  # fmt: skip
+    assert model.thresholds_.shape == (4,)
+    p = model.predict_proba(X)
+    np.testing.assert_array_equal(model.predict(X), (p > model.thresholds_).astype(int))
+    assert model.thresholds_[3] < 0.5
+    model.set_params(thresholds=None).fit(X, y)
+    assert not hasattr(model, "thresholds_")
+
+
+def test_thresholds_need_yes_or_no():
+    X, _ = made(60)
+    model = MEDFuseClassifier(declared(), thresholds="f1", max_epochs=1, **SMALL)
+    with pytest.raises(ValueError, match="y has 3 classes"):
+        model.fit(X, np.arange(60) % 3)
+    model.fit(X, np.where(np.arange(60) % 2, "ill", "well"))
+    assert set(model.predict(X)) <= {"ill", "well"}
+
+
+# ---------------------------------------------------------------- text models
+
+
+@pytest.mark.parametrize("write", [write_bert, write_llama])
+def test_adapters_train_and_nothing_else_does(write, tmp_path):
+    pytest.importorskip("peft")
+    folder = write(tmp_path / "model")
+    X, y = made(40)
+    note = Text(
+        "note", model=folder, trainable=True, lora_rank=2, pooling="last", chunk_length=32,
+        max_length=32,
+    )  # fmt: skip
+    model = MEDFuseClassifier(
+        {"note": note, "labs": Labs(list("abcd"))}, max_epochs=2, **SMALL
+    ).fit(X, y)
+    backbone = model.module_.encoders["note"].backbone
+    moved = {name for name, p in backbone.named_parameters() if p.requires_grad}
+    assert moved
+    assert all("lora_" in name for name in moved)
+    p = model.predict_proba(X)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(model)).predict_proba(X), p)
+    rows = [model.predict_proba(X.iloc[[i]]) for i in range(3)]
+    np.testing.assert_allclose(np.concatenate(rows), p[:3], atol=1e-7)
+
+
+def test_adapters_start_at_zero(tmp_path):
+    pytest.importorskip("peft")
+    folder = write_bert(tmp_path / "bert", dropout=0.0)
+    X, _ = made(10)
+    encoders = []
+    for rank in (None, 2):
+        note = Text("note", model=folder, trainable=True, lora_rank=rank, chunk_length=32).fit(X)
+        torch.manual_seed(0)
+        encoders.append(note.make_encoder(8).eval().backbone)
+    ids = torch.randint(5, 40, (3, 12))
+    mask = torch.ones_like(ids).bool()
+    torch.testing.assert_close(encoders[0](ids, mask), encoders[1](ids, mask))
+    with pytest.raises(ValueError, match="lora_rank needs trainable=True"):
+        Text("note", model=folder, lora_rank=2).fit(X)
+
+
+def test_precomputed_note_vectors_are_a_text_branch():
+    cohort = make_ehr(n_samples=60, random_state=0, as_bunch=True)
+    modalities = {"labs": cohort.modalities["labs"], "cxr": Embedding("cxr")}
+    model = MEDFuseClassifier(modalities, max_epochs=1, **SMALL).fit(cohort.X, cohort.y)
+    assert model.module_.is_text == [False, True]
+
+
+# ---------------------------------------------------------------- labs as text
+
+
+def lab_frame():
+    return pd.DataFrame({
+        "sodium": [128.0, 140.0, None, 139.0], "lactate": [6.1, 1.0, None, 0.2],
+        "sex": ["F", "M", "F", "M"],
+    })  # fmt: skip
+
+
+def test_most_abnormal_first_with_units_direction_and_range():
+    ranges = {"sodium": (135, 145), "lactate": (0.5, 2.0)}
+    text = LabTextifier(reference_ranges=ranges, units={"lactate": "mmol/L"})
+    out = text.fit_transform(lab_frame())["lab_text"].tolist()
+    assert out == [
+        "Abnormal results: lactate 6.1 mmol/L high (0.5-2); sodium 128 low (135-145).",
+        "",
+        None,
+        "Abnormal results: lactate 0.2 mmol/L low (0.5-2).",
+    ]
+    assert list(text.get_feature_names_out()) == ["sodium", "lactate", "sex", "lab_text"]
+
+
+def test_normal_results_follow_and_the_count_is_held():
+    ranges = {"sodium": (135, 145), "lactate": (0.5, 2.0)}
+    options = {"reference_ranges": ranges, "abnormal_only": False, "names": {"sodium": "Na"}}
+    out = LabTextifier(**options).fit_transform(lab_frame())["lab_text"]
+    assert out[1] == "Normal results: Na 140; lactate 1."
+    assert out[3] == "Abnormal results: lactate 0.2 low (0.5-2). Normal results: Na 139."
+    short = LabTextifier(max_items=1, **options).fit_transform(lab_frame())["lab_text"]
+    assert short[0] == "Abnormal results: lactate 6.1 high (0.5-2)."
+
+
+def test_ranges_are_learned_from_training_rows_only():
+    rng = np.random.default_rng(0)
+    X = pd.DataFrame({"a": rng.normal(size=2000)})
+    text = LabTextifier(coverage=0.9).fit(X)
+    np.testing.assert_allclose(text.ranges_["a"], stats.norm.ppf([0.05, 0.95]), atol=0.1)
+    before = dict(text.ranges_)
+    text.transform(X * 100)
+    assert text.ranges_ == before
+    with pytest.raises(ValueError, match="the lowest normal value comes first"):
+        LabTextifier(reference_ranges={"a": (2, 1)}).fit(X)
+    with pytest.raises(ValueError, match="lacks columns"):
+        text.transform(X.rename(columns={"a": "b"}))
+
+
+NOTE = """Chief Complaint: Chest pain
+History of Present Illness:
+A man with pain. Seen at 10:30.
+
+Hospital Course: died of sepsis
+PAST MEDICAL HISTORY: Sepsis, heart failure
+Discharge Diagnosis: sepsis"""
+
+
+def test_sections_are_kept_whatever_their_case():
+    out = NoteSectionizer().fit_transform(pd.DataFrame({"note": [NOTE, "plain", "", None]}))
+    first, plain, empty, absent = out["note"].tolist()
+    assert first.splitlines() == [
+        "Chief Complaint: Chest pain", "History of Present Illness:",
+        "A man with pain. Seen at 10:30.", "PAST MEDICAL HISTORY: Sepsis, heart failure",
+    ]  # fmt: skip
+    assert (plain, empty, absent) == ("plain", "", None)
+
+
+def test_terms_are_hidden_as_whole_words_and_long_notes_cut_in_the_middle():
+    X = pd.DataFrame({"note": ["Sepsis and asepsis, heart failure, SEPSIS", "a b c d e f g"]})
+    out = NoteSectionizer(hide_terms=("sepsis", "heart failure"), max_words=5).fit_transform(X)
+    assert out["note"].tolist() == ["and asepsis, , ", "a b c f g"] or out["note"][0].split() == [
+        "and", "asepsis,", ",",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="must be a tuple of str"):
+        NoteSectionizer(hide_terms="sepsis").fit(X)

@@ -9,8 +9,8 @@ from sklearn.frozen import FrozenEstimator
 
 from ehrfuse import Events, RAPTClassifier, RAPTPretrainer, RAPTRegressor, Tabular, VisitGAN, Visits
 from ehrfuse.datasets import make_ehr, make_prenatal
-from ehrfuse.methods.rapt import Similarity, contrast, hide_visits, statistics, swap_visits
 from ehrfuse.nn.timeline import Timeline, fill
+from ehrfuse.nn.visit_tasks import Similarity, contrast, hide_visits, statistics, swap_visits
 
 FAST = {"d_model": 8, "n_members": 2, "max_epochs": 2, "random_state": 0}
 PRETRAIN = {"d_model": 8, "n_members": 2, "max_epochs": 2}

@@ -229,6 +229,7 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
             core = self._make_core(self.modalities_, self.target_).to(device)
         self._take_over(core)
         core.freeze(self.freeze)
+        data, validation = self._before_training(core, data, validation, seed)
         with self._progress() as report:
             self.history_ = train(
                 core, data, validation=validation, max_epochs=self.max_epochs,
@@ -238,6 +239,10 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
         self.n_iter_, self.module_ = len(self.history_), core
         self._snapshot()
         return self
+
+    def _before_training(self, core, data, validation, seed):
+        """What is computed once and read in every epoch; returns both sets, changed or not."""
+        return data, validation
 
     def _frame(self, X, y="no_validation", *, reset):
         """X as a frame of this estimator's columns, checked as scikit-learn does."""

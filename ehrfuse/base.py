@@ -25,12 +25,12 @@ from sklearn.utils import check_random_state, check_scalar
 from sklearn.utils.validation import (
     check_consistent_length,
     check_is_fitted,
-    check_memory,
     validate_data,
 )
 from torch import nn
 
 from ehrfuse._data import Data
+from ehrfuse._handover import Handover
 from ehrfuse._patterns import modality_columns
 from ehrfuse._progress import ProgressMixin, with_progress
 from ehrfuse._runtime import default_device, resolve_device, seeded
@@ -43,7 +43,7 @@ __all__ = ["TorchClassifier", "TorchEncoder", "TorchEstimator", "TorchRegressor"
 MIN_VALIDATION = 5  # rows; fewer say nothing about when to stop
 
 
-class TorchEstimator(ProgressMixin, BaseEstimator):
+class TorchEstimator(ProgressMixin, Handover, BaseEstimator):
     """Template of every estimator with a torch core.
 
     Parameters
@@ -87,7 +87,6 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
 
     _accepts: tuple[type, ...] = (Modality,)
     _fit_only: tuple[type, ...] = ()  # kinds whose columns need not be there at predict
-    _inherits: tuple[str, ...] = ("random_state", "groups", "device")  # where None, as `pretrained`
 
     def __init__(
         self,
@@ -197,8 +196,11 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
         """Turn y into a `Target`; None where there is none."""
         return None
 
-    def _prepare(self, core, data, seed):
-        """Let the core measure the training rows, e.g. thresholds; goes into its buffers."""
+    def _prepare(self, core, data, validation, seed):
+        """Before the first epoch: what the core measures of the training rows (into its buffers),
+        and what is computed once and read in every epoch; returns both sets, changed or not.
+        """
+        return data, validation
 
     # ------------------------------------------------------------ fit
 
@@ -246,7 +248,7 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
             core = self._make_core(self.modalities_, self.target_).to(device)
         self._take_over(core)
         core.freeze(self.freeze)
-        self._prepare(core, data, seed)
+        data, validation = self._prepare(core, data, validation, seed)
         with self._progress() as report:
             self.history_ = train(
                 core, data, validation=validation, max_epochs=self.max_epochs,
@@ -454,67 +456,6 @@ class TorchEstimator(ProgressMixin, BaseEstimator):
             groups = pd.factorize(X[self.groups])[0].astype("int64")
         return Data(blocks, np.arange(len(X)) if rows is None else rows, y, weight, groups)
 
-    # ------------------------------------------------------------ pretraining
-
-    def _fit_pretrained(self, X, declared, seed):
-        self.pretrained_ = None
-        if self.pretrained is None:
-            return
-        donor = clone(self.pretrained)  # a FrozenEstimator comes back as it is, fitted
-        params = donor.get_params(deep=False)
-        # What it leaves open it inherits, or random_state=0 would not fix the fit.
-        wanted = getattr(donor, "_inherits", TorchEstimator._inherits)
-        own = self.get_params(deep=False) | {"random_state": seed}
-        inherit = {name: own[name] for name in wanted if name in own}
-        # What this estimator ignores may be what the pretrainer learns from: a note, say.
-        offered = declared | {n: self.modalities[n] for n in self.ignored_modalities_}
-        inherit["modalities"] = {
-            n: m for n, m in offered.items() if isinstance(m, getattr(donor, "_accepts", ()))
-        } or None
-        unset = {name for name in inherit if name in params and params[name] is None}
-        donor.set_params(**{name: inherit[name] for name in unset})
-        donor = check_memory(self.memory).cache(_fit_donor)(donor, X)
-        self._check_shared(X, declared, donor.modalities_)
-        self.pretrained_ = donor
-
-    def _check_shared(self, X, declared, fitted):
-        shared = [name for name in declared if name in fitted]
-        if not shared:
-            raise ValueError(
-                f"`pretrained` has the modalities {list(fitted)}, this estimator {list(declared)}; "
-                "at least one name must be shared for anything to be taken over."
-            )
-        for name in shared:
-            # Silently preferring either side would make `name__param` a dead axis of a grid.
-            here, there = _described(declared[name], X), _described(fitted[name], X)
-            if here != there:
-                raise ValueError(
-                    f"Modality {name!r} is {declared[name]} here but {fitted[name]} in "
-                    "`pretrained`; give both the same columns and parameters."
-                )
-
-    def _take_over(self, core):
-        """Encoders by name, the trunk if it is built alike, heads never."""
-        self.transferred_ = []
-        if self.pretrained_ is None:
-            return
-        donor = self.pretrained_.module_
-        parts = [f"encoders.{name}" for name in core.encoders if name in donor.encoders]
-        parts += [f"spread.{name}" for name in core.spread if name in donor.spread]
-        # Names in the same order too: a trunk has a place for every modality.
-        alike = list(core.encoders) == list(donor.encoders)
-        if alike and core.trunk is not None and _build(core.trunk) == _build(donor.trunk):
-            parts.append("trunk")
-        for part in parts:
-            ours, theirs = core.get_submodule(part), donor.get_submodule(part)
-            if _build(ours) != _build(theirs):
-                raise ValueError(
-                    f"{part} is built otherwise in `pretrained` (another d_model, n_members or "
-                    "encoder); give both estimators the same sizes."
-                )
-            ours.load_state_dict(theirs.state_dict())
-        self.transferred_ = parts
-
     # ------------------------------------------------------------ predict
 
     def _predict(self, X, core=None):
@@ -579,25 +520,8 @@ def _warn_other_version(stamped):
         )
 
 
-def _fit_donor(donor, X):
-    return donor.fit(X, None)
-
-
 def _dropped(modality):
     return isinstance(modality, str) and modality == "drop"
-
-
-def _described(modality, X):
-    """Class, parameters and resolved columns: what must agree for weights to move."""
-    modality = getattr(modality, "declared", modality)  # a pretrainer may wrap what was declared
-    params = modality.get_params() | {"columns": modality_columns(modality, X)}
-    return type(modality), params
-
-
-def _build(module):
-    """What must agree for weights to move: the class and every shape."""
-    shapes = {} if module is None else {k: tuple(v.shape) for k, v in module.state_dict().items()}
-    return type(module).__name__, shapes
 
 
 def _rows_of(y, kept):

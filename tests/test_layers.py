@@ -50,8 +50,18 @@ LAYERS = {
         {"_data", "_hub", "_patterns", "_runtime", "nn"},
         {"numpy", "pandas", "pyarrow", "sklearn", "scipy", "torch", "PIL"},
     ),
+    "_handover": ({"_patterns"}, {"sklearn"}),
     "base": (
-        {"_data", "_patterns", "_progress", "_runtime", "_targets", "_train", "modalities"},
+        {
+            "_data",
+            "_handover",
+            "_patterns",
+            "_progress",
+            "_runtime",
+            "_targets",
+            "_train",
+            "modalities",
+        },
         {"numpy", "pandas", "sklearn", "torch"},
     ),
     "methods": (

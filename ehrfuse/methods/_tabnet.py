@@ -1,5 +1,7 @@
 """What TabNet's pretrainers and predictors share: sizes, one TabNet for every table, its masks."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from sklearn.utils.validation import check_is_fitted
@@ -21,7 +23,10 @@ from ehrfuse.nn.tabnet import Sizes
 
 TABLES = (Tabular, Labs)
 SIZES = tuple(name for name in Sizes._fields if name != "epsilon")
-DEFAULTS = Sizes(n_d=64, n_a=16)
+# Smaller and with softer masks than the library's: chosen on VAERS and PhysioNet, see the docs.
+DEFAULTS = Sizes(
+    n_d=64, n_a=16, n_steps=2, gamma=2.0, n_independent=1, n_shared=1, mask_type="entmax"
+)
 FROZEN_IN_THE_PAPER = ("embedder", "tabnet.norm", "tabnet.shared", "tabnet.splitter")
 
 
@@ -40,7 +45,7 @@ class TableCore(Core):
         """One vector per row, tables side by side (b, m * d), and the mean of sum m log m."""
         rows, entropies = [], []
         for _, encoder, x, keep in self.tables(batch):
-            outputs, entropy = encoder.tabnet(encoder.features(x))
+            outputs, entropy = encoder.outputs(x)
             rows.append(blank(torch.stack(outputs).sum(0), keep))
             entropies.append(entropy)
         return torch.cat(rows, 1), torch.stack(entropies).mean()
@@ -137,7 +142,9 @@ class TabNetEstimator(TorchEstimator):
 
     def _attention(self, data):
         """(n, 1 + n_steps, n_features_in_)."""
-        tables = [m for m in self.modalities_.values() if isinstance(m, TABLES)]
+        named = {n: m for n, m in self.modalities_.items() if isinstance(m, TABLES)}
+        tables = list(named.values())
+        data = replace(data, blocks={name: data.blocks[name] for name in named})
         flat = self._infer(Explainer(self.module_), data)
         names = [c for m in tables for c in tabnet_columns(m)]
         found = flat.reshape(len(flat), -1, len(names))

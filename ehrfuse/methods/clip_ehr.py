@@ -8,6 +8,7 @@ predictions for which there is none.
 Axes: b - batch, m - tables, d - n_d, w - width of a note's vector, j - joint space.
 """
 
+import warnings
 from dataclasses import replace
 from numbers import Integral, Real
 
@@ -25,7 +26,7 @@ from ehrfuse._runtime import check_option
 from ehrfuse.base import TorchEncoder
 from ehrfuse.methods._tabnet import TABLES, TableCore, TabNetEstimator
 from ehrfuse.modalities.text import Text
-from ehrfuse.nn.clip import ChunkPool, TopicEncoder
+from ehrfuse.nn.clip import ChunkPool, SplitEncoder, TopicEncoder
 from ehrfuse.nn.fusion import blank
 from ehrfuse.nn.losses import clip_loss, masked_mse, siglip_loss
 from ehrfuse.nn.tabnet import MaskedReconstruction
@@ -96,7 +97,7 @@ class ClipCore(TableCore):
             if regression:
                 known = torch.ones_like(note, dtype=torch.bool)
                 guess = self.heads["guess"](row)
-                terms["regression"] = regression * note.shape[1] * masked_mse(guess, note, known)
+                terms["regression"] = regression * masked_mse(guess, note, known)
         else:
             terms["contrastive"] = row.sum() * 0.0
         if reconstruction:
@@ -157,11 +158,11 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
         See `TabNetClassifier`. None inherits the classifier's, or is its default.
     pretrained : estimator or None, default=None
         A `TabNetPretrainer` for the masked phase before this one.
-    max_epochs : int, default=30
-    batch_size : int or "auto", default=1024
-        Every other note of a batch is a wrong answer, so large is good; notes are read once and
-        the loss never holds all pairs, so large is cheap.
-    lr : float, default=5e-3
+    max_epochs : int, default=10
+    batch_size : int or "auto", default="auto"
+        Every other note of a batch is a wrong answer. Notes are read once and the loss never holds
+        all pairs, so that thousands are cheap.
+    lr : float, default=2e-2
     weight_decay : float, default=1e-4
     freeze, patience, validation_fraction, groups, memory : optional
         See `ehrfuse.base.TorchEstimator`.
@@ -227,6 +228,7 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
         same_patient="positive",
         n_topics=128,
         pooling="mean",
+        trainable_layers=2,
         n_d=None,
         n_a=None,
         n_steps=None,
@@ -239,9 +241,9 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
         cat_emb_dim=None,
         pretrained=None,
         freeze=(),
-        max_epochs=30,
-        batch_size=1024,
-        lr=5e-3,
+        max_epochs=10,
+        batch_size="auto",
+        lr=2e-2,
         weight_decay=1e-4,
         patience=None,
         validation_fraction=None,
@@ -268,6 +270,7 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
         self.same_patient = same_patient
         self.n_topics = n_topics
         self.pooling = pooling
+        self.trainable_layers = trainable_layers
         self.n_d = n_d
         self.n_a = n_a
         self.n_steps = n_steps
@@ -288,6 +291,7 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
             check_scalar(getattr(self, name), name, Integral, min_val=1)
         for name in ("contrastive_weight", "regression_weight", "reconstruction_weight"):
             check_scalar(getattr(self, name), name, Real, min_val=0)
+        check_scalar(self.trainable_layers, "trainable_layers", Integral, min_val=1)
         check_scalar(self.temperature, "temperature", Real, min_val=1e-2)
         check_scalar(
             self.mask_ratio, "mask_ratio", Real, min_val=0, max_val=1, include_boundaries="neither"
@@ -300,35 +304,53 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
     def _reader(self, modality):
         if modality.model is None:
             return TopicEncoder(len(modality.vocabulary_) + 1, self.n_topics)
-        return ChunkPool(modality.make_encoder(self.embed_dim), self.pooling)
+        encoder = modality.make_encoder(self.embed_dim)
+        if modality.trainable:
+            encoder = SplitEncoder(encoder, self.trainable_layers)
+        return ChunkPool(encoder, self.pooling)
 
-    def _train(self, data, validation, seed, device):
-        self._topics = {}
+    def _prepare(self, core, data, validation, seed):
+        """Run once what no epoch changes: words to topics, chunks through the frozen layers."""
+        if not self._count_pairs(data):
+            warnings.warn(
+                "No training row has both a table and a note, so nothing is aligned; look at the "
+                "columns of the Text modality.",
+                UserWarning,
+                stacklevel=6,
+            )
         for name, modality in self.modalities_.items():
             if isinstance(modality, Text) and modality.model is None:
-                block = data.blocks[name]
-                self._topics[name] = _learn_topics(block, data.rows, modality, self.n_topics, seed)
-        data = self._shortened(data)
-        validation = None if validation is None else self._shortened(validation)
-        super()._train(data, validation, seed, device)
-        del self._topics
-        return self
+                found = _learn_topics(data.blocks[name], data.rows, modality, self.n_topics, seed)
+                for part, learned in found.items():
+                    getattr(core.notes[name], part).copy_(torch.from_numpy(learned))
+        sets = [s for s in (data, validation) if s is not None]
+        done = {id(s.blocks): self._read_once(core, s.blocks) for s in sets}
+        data, *rest = (replace(s, blocks=done[id(s.blocks)]) for s in sets)
+        return data, (rest[0] if rest else None)
 
-    def _take_over(self, core):
-        super()._take_over(core)
-        for name, topics in self._topics.items():
-            core.notes[name].topics.copy_(torch.from_numpy(topics))
+    def _count_pairs(self, data):
+        tables, notes = np.zeros(len(data.rows), bool), np.zeros(len(data.rows), bool)
+        for name, modality in self.modalities_.items():
+            side = notes if isinstance(modality, Text) else tables
+            side |= data.blocks[name].present[data.rows]
+        return int((tables & notes).sum())
 
-    def _shortened(self, data):
-        """Notes replaced by their vectors, which no epoch changes."""
-        blocks = dict(data.blocks)
-        for name, topics in self._topics.items():
+    def _read_once(self, core, blocks):
+        """Blocks whose notes are the vectors that stay the same in every epoch."""
+        blocks = dict(blocks)
+        for name, reader in core.notes.items():
             block = blocks[name]
-            place = _counts(block, len(topics)) @ topics
-            length = np.linalg.norm(place, axis=1, keepdims=True)
-            place = (place / np.where(length > 0, length, 1)).astype("float32")
-            blocks[name] = replace(block, arrays={"vector": place}, ragged={})
-        return replace(data, blocks=blocks)
+            if isinstance(reader, TopicEncoder):
+                place = _counts(block, len(reader.topics)) @ reader.topics.cpu().numpy()
+                place = place - reader.center.cpu().numpy()
+                blocks[name] = replace(block, arrays={"vector": place}, ragged={})
+            elif isinstance(reader.encoder, SplitEncoder):
+                (ids, offsets), (chunk, _) = block.ragged["ids"], block.ragged["chunk"]
+                lengths = torch.from_numpy(_chunk_lengths(offsets, chunk))
+                hidden = reader.encoder.read_once(torch.from_numpy(ids), lengths).numpy()
+                ragged = {"hidden": (hidden, offsets), "chunk": (chunk, offsets)}
+                blocks[name] = replace(block, ragged=ragged)
+        return blocks
 
     # ------------------------------------------------------------ both sides
 
@@ -344,6 +366,9 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
         embedding : array of shape (n_samples, embed_dim)
             Of unit length; zero where a row has no table.
         """
+        check_is_fitted(self)
+        if isinstance(X, pd.DataFrame):  # a note that is there would be read for nothing
+            X = X.drop(columns=self.fit_only_columns_, errors="ignore")
         return self._predict(X)[:, : self.module_.n_outputs]
 
     def transform_text(self, X):
@@ -532,15 +557,30 @@ def _counts(block, n_words):
     return csr_matrix((weights, ids, offsets), shape=(len(offsets) - 1, n_words))
 
 
+def _chunk_lengths(offsets, chunk):
+    """Tokens of every chunk, in order, from the chunk's number within its note."""
+    row = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    new = np.ones(len(chunk), bool)
+    new[1:] = (chunk[1:] != chunk[:-1]) | (row[1:] != row[:-1])
+    return np.diff(np.append(np.flatnonzero(new), len(chunk)))
+
+
 def _learn_topics(block, rows, modality, n_topics, seed):
-    """Latent semantic analysis of the training notes: word vectors (n_words + 1, n_topics)."""
+    """Latent semantic analysis of the training notes.
+
+    Word vectors ``topics`` (n_words + 1, n_topics), and the mean place ``center`` (n_topics,).
+    """
     # `Text` weighs rare words down for the sake of Adam; here TF-IDF itself is wanted.
     idf = np.concatenate([[1.0], modality.idf_])
     rare = np.exp((idf - 1) / 2)
     counts = _counts(block, len(idf))[rows[block.present[rows]]].multiply(rare[None]).tocsr()
-    topics = np.zeros((len(idf), n_topics), "float32")
+    topics, center = np.zeros((len(idf), n_topics), "float32"), np.zeros(n_topics, "float32")
     rank = min(n_topics, min(counts.shape) - 1)
     if rank > 0:
-        found = TruncatedSVD(rank, random_state=seed).fit(counts)
-        topics[:, :rank] = (found.components_ * rare).T
-    return topics
+        found = TruncatedSVD(rank, random_state=seed)
+        place = found.fit_transform(counts)
+        # One unit for all topics, so that the common ones count most.
+        unit = np.sqrt(place.var(0).sum() / n_topics) or 1.0
+        topics[:, :rank] = (found.components_ * rare / unit).T
+        center[:rank] = place.mean(0) / unit
+    return {"topics": topics, "center": center}

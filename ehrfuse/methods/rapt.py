@@ -236,7 +236,7 @@ class RAPTPretrainer(_RAPT, TorchEncoder):
             data = data.followed_by(self._data(made, weight=np.ones(n, "float32")))
         return super()._train(data, validation, seed, device)
 
-    def _prepare(self, core, data, seed):
+    def _prepare(self, core, data, validation, seed):
         device = next(core.parameters()).device
         part = core.heads["similarity"]
         with torch.no_grad():
@@ -244,6 +244,7 @@ class RAPTPretrainer(_RAPT, TorchEncoder):
             tables = [statistics(core.timeline(data.batch(cut).to(device))).cpu() for cut in cuts]
             part.learn(torch.cat(tables).to(device), seed)
         self.similarity_thresholds_ = tuple(part.thresholds.tolist())
+        return data, validation
 
 
 class _RAPTOutcome(_RAPT):

@@ -152,11 +152,11 @@ class _Sequence(TimelineMixin):
     def _make_core(self, modalities, target):
         return SequenceCore(modalities, target, self)
 
-    def _prepare(self, core, data, seed):
+    def _prepare(self, core, data, validation, seed):
         device = next(core.parameters()).device
         cell = core.trunk
         if not isinstance(cell, GRUDEncoder | HiTANetEncoder):
-            return
+            return data, validation
         total, count, span = 0.0, 0.0, 0.0
         with torch.no_grad():
             for cut in np.array_split(np.arange(len(data)), max(1, len(data) // 256)):
@@ -168,6 +168,7 @@ class _Sequence(TimelineMixin):
             cell.mean.copy_(total / count.clamp(min=1))
         else:
             cell.span.fill_(span or 1.0)
+        return data, validation
 
     def explain(self, X, output=0):
         """What the network looked at: attention to visits, or with RETAIN what each input adds.

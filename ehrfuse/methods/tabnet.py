@@ -103,11 +103,12 @@ class TabNetPretrainer(TabNetEstimator, TorchEncoder):
         See `TabNetClassifier`. None inherits the classifier's, or is its default.
     lambda_sparse : float, default=0.0
         Weight of the entropy of the masks.
-    max_epochs : int, default=30
-    batch_size : int or "auto", default=256
-    lr : float, default=5e-3
+    max_epochs : int, default=20
+    lr : float, default=2e-2
     weight_decay : float, default=1e-4
-    pretrained, freeze, patience, validation_fraction, groups, memory : optional
+    pretrained, freeze, batch_size, patience, validation_fraction : optional
+        See `ehrfuse.base.TorchEstimator`.
+    groups, memory : optional
         See `ehrfuse.base.TorchEstimator`.
     amp, random_state, device, verbose : optional
         See `ehrfuse.base.TorchEstimator`.
@@ -167,9 +168,9 @@ class TabNetPretrainer(TabNetEstimator, TorchEncoder):
         lambda_sparse=0.0,
         pretrained=None,
         freeze=(),
-        max_epochs=30,
-        batch_size=256,
-        lr=5e-3,
+        max_epochs=20,
+        batch_size="auto",
+        lr=2e-2,
         weight_decay=1e-4,
         patience=None,
         validation_fraction=None,
@@ -221,17 +222,18 @@ class TabNetClassifier(_TabNet, TorchClassifier):
         other kinds are left to `pretrained`. None takes all columns as one table.
     n_d, n_a : int, default=64 and 16
         Width of the output and of the attention.
-    n_steps : int, default=3
+    n_steps : int, default=2
         Decision steps.
-    gamma : float, default=1.3
+    gamma : float, default=2.0
         How freely a later step may attend to a column again; 1 is not at all.
-    n_independent, n_shared : int, default=2 and 2
+    n_independent, n_shared : int, default=1 and 1
         Gated layers of each step's own, and shared by all steps.
     virtual_batch_size : int, default=128
         Rows that are normalised together in training.
     momentum : float, default=0.02
         Of the running statistics.
-    mask_type : {"sparsemax", "entmax"}, default="sparsemax"
+    mask_type : {"sparsemax", "entmax"}, default="entmax"
+        What makes the weights of a step sparse; "entmax" less so.
     cat_emb_dim : int or None, default=None
         Width of a category's vector; None grows with the number of categories, to at most 16.
     lambda_sparse : float, default=1e-3
@@ -247,11 +249,10 @@ class TabNetClassifier(_TabNet, TorchClassifier):
     freeze : tuple of str or "paper", default=()
         Parts kept as they came. "paper" is the embeddings, the input norm, and the splitter with
         the maps that it shares with all steps, norm statistics included.
-    max_epochs : int, default=30
-    batch_size : int or "auto", default=256
-    lr : float, default=5e-3
+    max_epochs : int, default=20
+    lr : float, default=2e-2
     weight_decay : float, default=1e-4
-    patience, validation_fraction, groups, memory : optional
+    batch_size, patience, validation_fraction, groups, memory : optional
         See `ehrfuse.base.TorchEstimator`.
     amp, random_state, device, verbose : optional
         See `ehrfuse.base.TorchEstimator`.
@@ -306,22 +307,22 @@ class TabNetClassifier(_TabNet, TorchClassifier):
         *,
         n_d=64,
         n_a=16,
-        n_steps=3,
-        gamma=1.3,
-        n_independent=2,
-        n_shared=2,
+        n_steps=2,
+        gamma=2.0,
+        n_independent=1,
+        n_shared=1,
         virtual_batch_size=128,
         momentum=0.02,
-        mask_type="sparsemax",
+        mask_type="entmax",
         cat_emb_dim=None,
         lambda_sparse=1e-3,
         dropout=0.0,
         class_weight=None,
         pretrained=None,
         freeze=(),
-        max_epochs=30,
-        batch_size=256,
-        lr=5e-3,
+        max_epochs=20,
+        batch_size="auto",
+        lr=2e-2,
         weight_decay=1e-4,
         patience=None,
         validation_fraction=None,
@@ -373,11 +374,10 @@ class TabNetRegressor(_TabNet, TorchRegressor):
         See `TabNetClassifier`.
     freeze : tuple of str or "paper", default=()
         See `TabNetClassifier`.
-    max_epochs : int, default=30
-    batch_size : int or "auto", default=256
-    lr : float, default=5e-3
+    max_epochs : int, default=20
+    lr : float, default=2e-2
     weight_decay : float, default=1e-4
-    patience, validation_fraction, groups, memory : optional
+    batch_size, patience, validation_fraction, groups, memory : optional
         See `ehrfuse.base.TorchEstimator`.
     amp, random_state, device, verbose : optional
         See `ehrfuse.base.TorchEstimator`.
@@ -411,21 +411,21 @@ class TabNetRegressor(_TabNet, TorchRegressor):
         *,
         n_d=64,
         n_a=16,
-        n_steps=3,
-        gamma=1.3,
-        n_independent=2,
-        n_shared=2,
+        n_steps=2,
+        gamma=2.0,
+        n_independent=1,
+        n_shared=1,
         virtual_batch_size=128,
         momentum=0.02,
-        mask_type="sparsemax",
+        mask_type="entmax",
         cat_emb_dim=None,
         lambda_sparse=1e-3,
         dropout=0.0,
         pretrained=None,
         freeze=(),
-        max_epochs=30,
-        batch_size=256,
-        lr=5e-3,
+        max_epochs=20,
+        batch_size="auto",
+        lr=2e-2,
         weight_decay=1e-4,
         patience=None,
         validation_fraction=None,

@@ -7,7 +7,6 @@ import datetime
 
 import numpy as np
 import pandas as pd
-import torch
 
 from ehrfuse._data import Block
 from ehrfuse._runtime import check_option
@@ -109,17 +108,19 @@ class TabNetTabular(Tabular):
         One or many columns, as in `Tabular`.
     n_a : int or None, default=None
         Width of the attention; None is that of the output.
-    n_steps : int, default=3
+    n_bins : int, default=8
+        Bins of the piecewise-linear encoding, as in `Tabular`; 1 is none, as in the paper.
+    n_steps : int, default=2
         Decision steps.
-    gamma : float, default=1.3
+    gamma : float, default=2.0
         How freely a later step may attend to a column again; 1 is not at all.
-    n_independent, n_shared : int, default=2
+    n_independent, n_shared : int, default=1
         Gated layers of each step's own, and shared by all.
     virtual_batch_size : int, default=128
         Rows that are normalised together.
     momentum : float, default=0.02
         Of the running statistics.
-    mask_type : {"sparsemax", "entmax"}, default="sparsemax"
+    mask_type : {"sparsemax", "entmax"}, default="entmax"
     cat_emb_dim : int or None, default=None
         Width of a category's vector; None grows with the number of categories, to at most 16.
 
@@ -134,17 +135,18 @@ class TabNetTabular(Tabular):
         self,
         columns,
         *,
+        n_bins=8,
         n_a=None,
-        n_steps=3,
-        gamma=1.3,
-        n_independent=2,
-        n_shared=2,
+        n_steps=2,
+        gamma=2.0,
+        n_independent=1,
+        n_shared=1,
         virtual_batch_size=128,
         momentum=0.02,
-        mask_type="sparsemax",
+        mask_type="entmax",
         cat_emb_dim=None,
     ):
-        super().__init__(columns, n_bins=1, dropout=0.0, column_dropout=0.0)
+        super().__init__(columns, n_bins=n_bins, dropout=0.0, column_dropout=0.0)
         self.n_a = n_a
         self.n_steps = n_steps
         self.gamma = gamma
@@ -156,6 +158,7 @@ class TabNetTabular(Tabular):
         self.cat_emb_dim = cat_emb_dim
 
     def _check_params(self):
+        super()._check_params()
         check_sizes(self)
 
     def make_encoder(self, d_model, n_members=1):
@@ -170,11 +173,8 @@ def tabnet_sizes(modality, n_d):
 
 def tabnet_encoder(modality, sizes, cat_emb_dim=None):
     """TabNet for the cells of a fitted `Tabular` or `Labs`."""
-    words = getattr(modality, "categories_", {})
-    n_numbers = len(modality.columns_) - len(words)
-    flags = torch.tensor(modality.features_["flags"])
-    n_codes = [len(known) + 2 for known in words.values()]
-    return TabNetTableEncoder(n_numbers, flags, n_codes, sizes, cat_emb_dim)
+    n_codes = [len(known) + 2 for known in getattr(modality, "categories_", {}).values()]
+    return TabNetTableEncoder(build_features(modality.features_), n_codes, sizes, cat_emb_dim)
 
 
 def tabnet_columns(modality):

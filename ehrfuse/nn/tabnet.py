@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ehrfuse.nn.encoders import Tokens, single
-from ehrfuse.nn.numeric import smooth_clip
+from ehrfuse.nn.numeric import NumericFeatures
 
 ROOT_HALF = 0.7071067690849304  # sqrt(1/2) in float32, as the library has it in every precision
 
@@ -456,16 +456,12 @@ def reconstruction_loss(
 
 
 class TabNetInput(nn.Module):
-    """Numbers with holes and codes, side by side as features.
-
-    A number is its value and, where its column has holes, a flag: a missing one is zero with the
-    flag up. A code is a learned vector.
+    """Numbers and codes, side by side as features.
 
     Parameters
     ----------
-    n_numbers : int
-    flags : integer tensor
-        Numeric columns with a flag of their own.
+    numbers : NumericFeatures or int
+        What turns numbers with holes into features; an integer is so many numbers as they are.
     sizes, widths : list of int
         Number of codes and width of the vectors of every categorical column.
 
@@ -475,30 +471,27 @@ class TabNetInput(nn.Module):
         The column of every feature, numbers before codes.
     """
 
-    flags: Tensor
     column: Tensor
 
     def __init__(
-        self, n_numbers: int, flags: Tensor, sizes: Sequence[int], widths: Sequence[int]
+        self, numbers: NumericFeatures | int, sizes: Sequence[int], widths: Sequence[int]
     ) -> None:
         super().__init__()
-        self.n_numbers = n_numbers
+        self.numbers = None if isinstance(numbers, int) else numbers
+        own = torch.arange(numbers) if isinstance(numbers, int) else numbers.column
         self.embeddings = nn.ModuleList(
             nn.Embedding(size, width) for size, width in zip(sizes, widths, strict=True)
         )
-        words = torch.arange(n_numbers, n_numbers + len(sizes))
-        words = words.repeat_interleave(torch.tensor(list(widths), dtype=torch.long))
-        column = torch.cat([torch.arange(n_numbers), flags, words])
-        self.register_buffer("flags", flags, persistent=False)
-        self.register_buffer("column", column, persistent=False)
+        first = 1 + int(own.max()) if len(own) else 0
+        repeats = torch.tensor(list(widths), dtype=torch.long)
+        words = torch.arange(first, first + len(sizes)).repeat_interleave(repeats)
+        self.register_buffer("column", torch.cat([own, words]), persistent=False)
+        self.n_columns = first + len(sizes)
 
     def forward(self, values: Tensor | None, codes: Tensor | None) -> Tensor:
         parts = []
         if values is not None:
-            missing = values.isnan()
-            parts.append(values.masked_fill(missing, 0.0))
-            if len(self.flags):
-                parts.append(missing[:, self.flags].to(values.dtype))
+            parts.append(values if self.numbers is None else self.numbers(values))
         if codes is not None:
             parts += [table(codes[:, j]) for j, table in enumerate(self.embeddings)]
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
@@ -508,12 +501,11 @@ class TabNetTableEncoder(nn.Module):
     """TabNet as an encoder of a table: one token, the sum of the steps' outputs.
 
     Reads ``values`` (b, p) in scaled units with NaN for missing, and ``codes`` (b, c) with 0 for
-    null and 1 for unknown.
+    null and 1 for unknown. All features of a column, its missing flag among them, are one group.
 
     Parameters
     ----------
-    n_numbers : int
-    flags : integer tensor
+    numbers : NumericFeatures
     n_codes : list of int
     sizes : Sizes
     cat_emb_dim : int or None
@@ -522,49 +514,56 @@ class TabNetTableEncoder(nn.Module):
 
     def __init__(
         self,
-        n_numbers: int,
-        flags: Tensor,
+        numbers: NumericFeatures,
         n_codes: Sequence[int],
         sizes: Sizes,
         cat_emb_dim: int | None = None,
     ) -> None:
         super().__init__()
         widths = [cat_emb_dim or min(16, max(2, round(1.6 * n**0.56))) for n in n_codes]
-        self.embedder = TabNetInput(n_numbers, flags, n_codes, widths)
+        self.embedder = TabNetInput(numbers, n_codes, widths)
         with torch.no_grad():
             for table in self.embedder.embeddings:
                 table.weight[:2] = 0.0  # type: ignore[index, operator]  # null, never seen
-        self.n_columns = n_numbers + len(n_codes)
+        self.n_columns = self.embedder.n_columns
         # A table that no training row had may have no feature at all; one zero stands in.
-        self.n_features = max(1, len(self.embedder.column))
-        group = self.embedder.column if len(self.embedder.column) else None
-        self.tabnet = TabNetEncoder(self.n_features, group, sizes)
-        self.n_outputs = sizes.n_d
+        column = self.embedder.column if len(self.embedder.column) else torch.zeros(1).long()
+        self.n_features, self.n_outputs = len(column), sizes.n_d
+        self.tabnet = TabNetEncoder(len(column), column, sizes, torch.ones(len(column)))
 
     def features(self, x: dict[str, Tensor]) -> Tensor:
         """All features of a row side by side (b, f)."""
         if not len(self.embedder.column):
             some = next(iter(x.values()))
             return torch.zeros(len(some), 1, device=some.device, dtype=self.tabnet.norm.bias.dtype)
-        values = smooth_clip(x["values"]) if "values" in x else None
-        return self.embedder(values, x.get("codes"))
+        return self.embedder(x.get("values"), x.get("codes"))
 
     def known(self, x: dict[str, Tensor]) -> Tensor:
         """Features that tell what was observed (b, f): neither holes nor their flags."""
         parts = []
-        if "values" in x:
-            missing = x["values"].isnan()
-            flags = torch.zeros_like(missing[:, self.embedder.flags])
-            parts += [~missing, flags]
+        if "values" in x and self.embedder.numbers is not None:
+            missing, numbers = x["values"].isnan(), self.embedder.numbers
+            seen = ~missing[:, numbers.column]
+            seen[:, seen.shape[1] - len(numbers.flags) :] = False
+            parts.append(seen)
         if "codes" in x:
-            widths = [table.embedding_dim for table in self.embedder.embeddings]
+            widths = [int(table.embedding_dim) for table in self.embedder.embeddings]  # type: ignore[arg-type]
             repeats = torch.tensor(widths, device=x["codes"].device)
-            parts.append((x["codes"] > 0).repeat_interleave(repeats, 1))  # type: ignore[arg-type]
+            parts.append((x["codes"] > 0).repeat_interleave(repeats, 1))
         return torch.cat(parts, 1)
 
+    def hide(self, features: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Hide columns at random: the features (b, f), the prior (b, g), and what is gone (b, f)."""
+        groups = torch.rand(len(features), self.tabnet.n_groups, device=features.device) < share
+        gone = groups if self.tabnet.groups is None else groups[:, self.tabnet.groups.group]
+        return features.masked_fill(gone, 0.0), (~groups).to(features.dtype), gone
+
+    def outputs(self, x: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
+        """What the steps give (b, d), and the mean of sum m log m."""
+        return self.tabnet(self.features(x))
+
     def forward(self, x: dict[str, Tensor]) -> Tokens:
-        outputs, _ = self.tabnet(self.features(x))
-        return single(torch.stack(outputs).sum(0))
+        return single(torch.stack(self.outputs(x)[0]).sum(0))
 
 
 class MaskedReconstruction(nn.Module):
@@ -590,13 +589,11 @@ class MaskedReconstruction(nn.Module):
         self, encoder: TabNetTableEncoder, x: dict[str, Tensor], keep: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The loss, and the mean of sum m log m; `keep` (b,) says which rows have the table."""
-        features, column = encoder.features(x), encoder.embedder.column
-        groups = torch.rand(len(features), encoder.tabnet.n_groups, device=features.device)
-        groups = groups < self.mask_ratio
-        if not len(column):  # no column was ever filled in
+        features = encoder.features(x)
+        if not len(encoder.embedder.column):  # no column was ever filled in
             return self.decoder.out.weight.sum() * 0.0, features.sum() * 0.0
-        gone, known = groups[:, column], encoder.known(x) & keep[:, None]
-        prior = (~groups).to(features.dtype)
-        outputs, entropy = encoder.tabnet(features.masked_fill(gone, 0.0), prior)
+        hidden, prior, gone = encoder.hide(features, self.mask_ratio)
+        known = encoder.known(x) & keep[:, None]
+        outputs, entropy = encoder.tabnet(hidden, prior)
         guess = self.decoder(outputs)
         return reconstruction_loss(guess, features.detach(), gone & known, known), entropy

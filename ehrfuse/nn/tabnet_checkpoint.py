@@ -69,9 +69,7 @@ class TabNet(nn.Module):
         self.output_dim, self.input_dim = output_dim, input_dim
         words = set(self.cat_idxs)
         numbers = [j for j in range(input_dim) if j not in words]
-        self.embedder = TabNetInput(
-            len(numbers), torch.zeros(0, dtype=torch.long), dims, widths[: len(dims)]
-        )
+        self.embedder = TabNetInput(len(numbers), dims, widths[: len(dims)])
         # The library leaves every feature at the place of its column.
         column = torch.tensor([*numbers, *self.cat_idxs])[self.embedder.column]
         order = torch.argsort(column, stable=True)

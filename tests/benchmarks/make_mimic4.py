@@ -43,10 +43,34 @@ CHARTED = {
     226512: (80, 0.2, "kg"), 226730: (170, 0.06, "cm"), 220047: (60, 0.1, "bpm"),
 }  # fmt: skip
 DRUGS = [f"Drug {letter}{number}" for letter in "ABCDEFGH" for number in range(25)]
-WORDS = (
-    "patient admitted with shortness of breath chest pain fever cough history of hypertension "
-    "diabetes stable improved discharged home follow up lungs clear no acute process effusion"
-).split()
+WORDS = [
+    "patient",
+    "admitted",
+    "with",
+    "shortness",
+    "of",
+    "breath",
+    "chest",
+    "pain",
+    "fever",
+    "cough",
+    "history",
+    "of",
+    "hypertension",
+    "diabetes",
+    "stable",
+    "improved",
+    "discharged",
+    "home",
+    "follow",
+    "up",
+    "lungs",
+    "clear",
+    "no",
+    "acute",
+    "process",
+    "effusion",
+]
 
 
 def main():

@@ -99,7 +99,9 @@ def demo(args):
     if args.pyhealth is None:
         print("  --pyhealth was not given: no comparison")
         ours = runs["everything"]
-        return [_row("mimic-iv-demo-2.2", "all inputs", "seconds", ours["seconds"], ours["rows"], args)]
+        return [
+            _row("mimic-iv-demo-2.2", "all inputs", "seconds", ours["seconds"], ours["rows"], args)
+        ]
     for _ in range(1 if args.quick else 2):
         found = _run([str(args.pyhealth), "-c", PYHEALTH, str(folder)])
         _keep_best(runs, "PyHealth", found)
@@ -273,7 +275,9 @@ def _rest(read, every, adm):
     key = adm.set_index("hadm_id")
     drugs = read("hosp/prescriptions.csv", ["subject_id", "starttime", "drug"], ["starttime"])
     drugs = drugs.merge(adm[["subject_id", "hadm_id", "since", "landmark"]], on="subject_id")
-    drugs = drugs[(drugs["starttime"] >= drugs["since"]) & (drugs["starttime"] <= drugs["landmark"])]
+    drugs = drugs[
+        (drugs["starttime"] >= drugs["since"]) & (drugs["starttime"] <= drugs["landmark"])
+    ]
     parts = [drugs.sort_values("starttime").groupby("hadm_id")["drug"].agg(list)]
     past = adm[["subject_id", "hadm_id", "landmark"]].merge(
         every[["subject_id", "hadm_id", "dischtime"]].rename(columns={"hadm_id": "earlier"}),

@@ -45,8 +45,10 @@ def demo(shared_data):
 def raw(shared_data):
     def read(table, *dates, folder="mimic-iv-demo-2.2/hosp"):
         path = shared_data / folder / f"{table}.csv.gz"
-        return pd.read_csv(path, low_memory=False).rename(columns=str.lower).pipe(
-            lambda f: f.assign(**{d: pd.to_datetime(f[d]) for d in dates})
+        return (
+            pd.read_csv(path, low_memory=False)
+            .rename(columns=str.lower)
+            .pipe(lambda f: f.assign(**{d: pd.to_datetime(f[d]) for d in dates}))
         )
 
     return read

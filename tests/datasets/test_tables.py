@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 from benchmarks.make_mimic4 import make_mimic4
 
-from ehrfuse.datasets import in_hospital_mortality, load_eicu, load_meds, load_mimic4
 from ehrfuse.datasets import _tables as tables_module
+from ehrfuse.datasets import in_hospital_mortality, load_eicu, load_meds, load_mimic4
 
 pytest.importorskip("duckdb")
 TASK = in_hospital_mortality(24, "admission", first_stay=False)
@@ -95,7 +95,9 @@ def test_no_laboratory_at_all(copy):
 def test_wrong_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no folder"):
         load_mimic4(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="tables patients, admissions are not in the folder"):
+    with pytest.raises(
+        FileNotFoundError, match="tables patients, admissions are not in the folder"
+    ):
         load_mimic4(tmp_path)
     with pytest.raises(FileNotFoundError, match="tables patient are not in the folder"):
         load_eicu(tmp_path)

@@ -3,9 +3,9 @@
 import numpy as np
 import pandas as pd
 import pytest
+import time_machine
 from benchmarks.make_mimic4 import make_mimic4
 
-import time_machine
 from ehrfuse.datasets import (
     critical_outcome,
     icu_admission_90d,

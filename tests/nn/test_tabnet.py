@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from ehrfuse.nn import tabnet as ours
+from ehrfuse.nn.numeric import NumericFeatures
 from ehrfuse.nn.tabnet_checkpoint import TabNet, load_tabnet, save_tabnet
 
 
@@ -249,7 +250,8 @@ def test_buffers_follow_and_global_stream_is_left_alone():
 
 
 def test_missing_numbers_reach_no_gradient():
-    encoder = ours.TabNetTableEncoder(3, torch.tensor([1]), [4], ours.Sizes(n_d=4, n_a=4))
+    numbers = NumericFeatures(torch.zeros(3, 2), torch.tensor([1]))
+    encoder = ours.TabNetTableEncoder(numbers, [4], ours.Sizes(n_d=4, n_a=4))
     values = torch.tensor([[0.1, torch.nan, 2.0], [1.0, 0.0, torch.nan]] * 4)
     x = {"values": values, "codes": torch.tensor([[0], [3]] * 4)}
     token, mask = encoder(x)
@@ -264,6 +266,19 @@ def test_missing_numbers_reach_no_gradient():
     np.testing.assert_array_equal(known[0, :4], [True, False, True, False])
     assert not known[0, 4:].any()
     assert known[1, 4:].all()
+
+
+def test_hidden_columns_are_gone_with_all_their_features():
+    numbers = NumericFeatures(torch.tensor([[0.0, 1.0, 2.0], [0, 0, 0]]), torch.tensor([0]))
+    encoder = ours.TabNetTableEncoder(numbers, [5], ours.Sizes(n_d=4, n_a=4))
+    x = {"values": torch.rand(50, 2) + 0.5, "codes": torch.randint(2, 5, (50, 1))}
+    features = encoder.features(x)
+    hidden, prior, gone = encoder.hide(features, 0.5)
+    assert prior.shape == (50, 3)
+    for feature, column in enumerate(encoder.embedder.column):
+        torch.testing.assert_close(gone[:, feature], prior[:, column] == 0)
+    torch.testing.assert_close(hidden, features * ~gone)
+    assert 0.3 < gone.float().mean() < 0.7
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -1,0 +1,373 @@
+"""Does a note that was there in training help to predict where there is none?
+
+Run ``python tests/benchmarks/accuracy_clip.py --help`` for the options; README.md says what every
+section shows. Labels are few, records and notes of all training rows are known; every test row is
+predicted from its record alone.
+"""
+
+# First of all: it sets the number of threads.
+# ruff: isort: off
+from _common import Cohort, Store, Take, finish, parse, parser, two_folders
+import _diabetes
+import _eicu
+import _vaers
+# ruff: isort: on
+
+from functools import cache
+
+import numpy as np
+import pandas as pd
+from scipy.special import expit
+from sklearn.base import BaseEstimator, ClassifierMixin, clone
+from sklearn.compose import make_column_selector, make_column_transformer
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.frozen import FrozenEstimator
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import (
+    GridSearchCV,
+    GroupKFold,
+    StratifiedKFold,
+    StratifiedShuffleSplit,
+)
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OrdinalEncoder
+
+from ehrfuse import (
+    ClipEHRAligner,
+    EventSummary,
+    TabNetClassifier,
+    TabNetPretrainer,
+    TabNetRegressor,
+    Tabular,
+    Text,
+)
+
+SECTIONS = ("vaers", "eicu", "diabetes")
+FRACTIONS = (0.01, 0.05, 0.1, 0.25, 1.0)
+VARIANTS = ("scratch", "masked", "aligned", "aligned_shuffled", "distilled", "hgb", "xgboost")
+
+
+def main():
+    """Run the sections asked for and print one table."""
+    options = parser(__doc__.splitlines()[0], SECTIONS)
+    options.add_argument("--folds", type=int, help="score the first folds of five only")
+    options.add_argument("--fractions", type=float, nargs="+", default=list(FRACTIONS))
+    options.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    options.add_argument("--text-model", help="a Hugging Face text model instead of words")
+    args = parse(options)
+    run = {"vaers": vaers, "eicu": eicu, "diabetes": diabetes}
+    finish(args, [r for section in args.only for r in run[section](args)])
+
+
+# ---------------------------------------------------------------- few labels, many records
+
+
+class FewLabels(ClassifierMixin, BaseEstimator):
+    """A classifier that sees the labels of a share of its rows; its pretrainer sees all records.
+
+    Parameters
+    ----------
+    estimator : classifier
+    fraction : float
+        Share of the rows whose labels are known, drawn within the classes.
+    pretrainer : estimator or None
+        Fitted once for all fractions.
+    shuffle_note : bool
+        Whether notes are dealt out anew among the rows: the control.
+    seed : int
+    """
+
+    def __init__(self, estimator, fraction, pretrainer=None, shuffle_note=False, seed=0):
+        self.estimator = estimator
+        self.fraction = fraction
+        self.pretrainer = pretrainer
+        self.shuffle_note = shuffle_note
+        self.seed = seed
+
+    def fit(self, X, y):
+        """Pretrain on all rows, then fit to those with a label."""
+        model = clone(self.estimator)
+        if self.pretrainer is not None:
+            donor = pretrained_once(Rows(X), repr_of(self.pretrainer), self.shuffle_note, self.seed)
+            model.set_params(pretrained=FrozenEstimator(donor))
+        rows = labelled(np.asarray(y), self.fraction, self.seed)
+        if isinstance(model, Distilled):
+            self.model_ = model.fit(X, y, rows)
+        else:
+            self.model_ = model.fit(X.iloc[rows], y.iloc[rows])
+        self.classes_ = self.model_.classes_
+        return self
+
+    def predict_proba(self, X):
+        """From the record alone: the note is not there."""
+        return self.model_.predict_proba(X.drop(columns="narrative"))
+
+
+def labelled(y, fraction, seed):
+    """Rows whose label is known; at least two of each class."""
+    if fraction >= 1:
+        return np.arange(len(y))
+    share = max(fraction, 4 / max(1, y.sum()))
+    cut = StratifiedShuffleSplit(1, train_size=min(share, 0.5), random_state=seed)
+    return np.sort(next(cut.split(y, y))[0])
+
+
+class Rows:
+    """A frame by what it holds, so that a pretrainer is fitted to it once."""
+
+    def __init__(self, X):
+        self.X, self.key = X, (len(X), int(pd.util.hash_array(X.index.to_numpy()).sum() % 2**62))
+
+    def __hash__(self):
+        return hash(self.key)
+
+    def __eq__(self, other):
+        return self.key == other.key
+
+
+PRETRAINERS = {}
+
+
+def repr_of(pretrainer):
+    """Name under which a pretrainer is found again: every parameter of it."""
+    name = repr(sorted((k, repr(v)) for k, v in pretrainer.get_params().items()))
+    PRETRAINERS[name] = pretrainer
+    return name
+
+
+@cache
+def pretrained_once(rows, name, shuffle_note, seed):
+    """Fit a pretrainer to the training rows of a fold; the label is not among its columns."""
+    X = rows.X
+    if shuffle_note:
+        order = np.random.default_rng(seed).permutation(len(X))
+        X = X.assign(narrative=X["narrative"].to_numpy(dtype=object)[order])
+    return clone(PRETRAINERS[name]).set_params(random_state=seed).fit(X)
+
+
+class Distilled(ClassifierMixin, BaseEstimator):
+    """TabNet that learns what a text classifier says of the notes of all training rows.
+
+    Parameters
+    ----------
+    modalities : dict
+    random_state : int
+    """
+
+    def __init__(self, modalities, random_state=0):
+        self.modalities = modalities
+        self.random_state = random_state
+
+    def fit(self, X, y, rows):
+        """Fit the reader of notes to the labelled rows and the network to its log-odds."""
+        reader = make_pipeline(
+            Take("narrative"),
+            TfidfVectorizer(min_df=2, ngram_range=(1, 2), sublinear_tf=True, max_features=20_000),
+            LogisticRegression(C=3.0, max_iter=1000),
+        )
+        reader.fit(X.iloc[rows], y.iloc[rows])
+        told = np.clip(reader.decision_function(X), -8, 8)
+        self.model_ = TabNetRegressor(self.modalities, random_state=self.random_state)
+        self.model_.fit(X, told)
+        self.classes_ = np.array([0, 1])
+        return self
+
+    def predict_proba(self, X):
+        """Probability of both classes."""
+        p = expit(self.model_.predict(X))
+        return np.column_stack([1 - p, p])
+
+
+def variants(modalities, table, text, args):
+    """Name to a function of fraction and seed to an unfitted classifier."""
+    both = {**modalities, "note": text}
+
+    def network(**params):
+        return TabNetClassifier(modalities, **params)
+
+    masked = TabNetPretrainer(modalities)
+    aligner = ClipEHRAligner(both)
+    made = {
+        "scratch": lambda f, s: FewLabels(network(random_state=s, **WHOLE), f, seed=s),
+        "masked": lambda f, s: FewLabels(network(random_state=s, **WHOLE), f, masked, seed=s),
+        "aligned": lambda f, s: FewLabels(network(random_state=s, **HEAD), f, aligner, seed=s),
+        "aligned_shuffled": lambda f, s: FewLabels(
+            network(random_state=s, **HEAD), f, aligner, shuffle_note=True, seed=s
+        ),
+        "distilled": lambda f, s: FewLabels(Distilled(modalities, s), f, seed=s),
+        "hgb": lambda f, s: FewLabels(make_pipeline(Take(table), hgb(s)), f, seed=s),
+        "xgboost": lambda f, s: FewLabels(make_pipeline(Take(table), xgboost(s)), f, seed=s),
+    }
+    return {name: made[name] for name in args.variants}
+
+
+# Chosen on seed 100, each for itself: what is aligned keeps its encoder, the others move theirs.
+WHOLE = {"max_epochs": 10, "lr": 5e-3}
+HEAD = {"freeze": ("encoders",)}
+
+
+def _ordinal():
+    """Categories as numbers, each unseen one as missing; whatever is a number stays."""
+    words = make_column_selector(dtype_include=[object, "str", "string", "category"])
+    encode = OrdinalEncoder(
+        handle_unknown="use_encoded_value", unknown_value=np.nan, encoded_missing_value=np.nan
+    )
+    return make_column_transformer((encode, words), remainder="passthrough")
+
+
+def _tuned(model, grid, seed):
+    inner = StratifiedKFold(3, shuffle=True, random_state=seed)
+    return GridSearchCV(model, grid, cv=inner, scoring="neg_log_loss")
+
+
+def hgb(seed):
+    """Boosted trees of scikit-learn, tuned on three inner folds."""
+    model = HistGradientBoostingClassifier(
+        max_iter=150, min_samples_leaf=20, l2_regularization=1.0, max_features=0.3,
+        random_state=seed,
+    )  # fmt: skip
+    grid = {"histgradientboostingclassifier__learning_rate": [0.02, 0.06],
+            "histgradientboostingclassifier__max_leaf_nodes": [4, 8, 16]}  # fmt: skip
+    return _tuned(make_pipeline(EventSummary(), _ordinal(), model), grid, seed)
+
+
+def xgboost(seed):
+    """XGBoost, tuned on three inner folds."""
+    from xgboost import XGBClassifier
+
+    model = XGBClassifier(
+        n_estimators=150, subsample=0.8, colsample_bytree=0.3, min_child_weight=5, n_jobs=1,
+        random_state=seed,
+    )  # fmt: skip
+    grid = {"xgbclassifier__learning_rate": [0.02, 0.06], "xgbclassifier__max_depth": [2, 4, 6]}
+    return _tuned(make_pipeline(EventSummary(), _ordinal(), model), grid, seed)
+
+
+def curve(args, name, task, data, splits):
+    """All variants at all label fractions on one outcome."""
+    fractions = [f for f in args.fractions if not (args.quick and f in (0.05, 0.25))]
+    table = [c for m in data.modalities.values() if not isinstance(m, Text)
+             for c in np.atleast_1d(m.columns)]  # fmt: skip
+    tables = {n: m for n, m in data.modalities.items() if not isinstance(m, Text)}
+    text = Text("narrative", model=args.text_model) if args.text_model else Text("narrative")
+    made = variants(tables, table, text, args)
+    rows = []
+    for fraction in fractions:
+        cohort = Cohort(
+            f"{name}/{fraction:g}", f"{task} {fraction:.0%}", data.X, data.y, data.groups, splits,
+            Store(args.results / "accuracy_clip"),
+        )  # fmt: skip
+        for variant, make in made.items():
+            cohort.run(variant, lambda seed, m=make, f=fraction: m(f, seed), args.seeds)
+        cohort.dataset = name
+        if {"aligned", "hgb"} <= set(made):
+            cohort.average("aligned+hgb", "aligned", "hgb")
+        pairs = [("aligned", v) for v in made if v != "aligned"]
+        pairs += [("aligned_shuffled", "masked"), ("aligned+hgb", "hgb")]
+        rows += cohort.score_rows() + cohort.pair_rows(pairs, ["auroc", "auprc"])
+    return rows
+
+
+def folds_of(args, data, n_folds=5):
+    """Groups on one side; the first `--folds` of the folds."""
+
+    def splits(seed):
+        cut = GroupKFold(n_folds, shuffle=True, random_state=seed)
+        found = list(cut.split(data.X, data.y, data.groups))
+        return found[: args.folds or (1 if args.quick else n_folds)]
+
+    return splits
+
+
+def between(here, there):
+    """One cohort of two folders: fitted on the first, scored on the second."""
+    X, y, splits = two_folders(here, there)
+    groups = np.concatenate([here.groups, here.groups.max() + 1 + there.groups])
+    here.X, here.y, here.groups = X.reset_index(drop=True), y.reset_index(drop=True), groups
+    return here, splits
+
+
+# ---------------------------------------------------------------- data sets
+
+
+def vaers(args):
+    """Hospital stay after vaccination, from what was known at the onset."""
+    folder = _vaers.find(args.data)
+    if folder is None:
+        return []
+    data, name = _vaers.load(folder), "vaers"
+    if args.test_data is not None:
+        there = _vaers.find(args.test_data)
+        if there is None:
+            return []
+        data, splits = between(data, _vaers.load(there, data.columns))
+        return curve(args, "vaers to test", "hospitalised", data, splits)
+    if args.quick:
+        name += ", every 4th report"
+        keep = slice(None, None, 4)
+        data.X, data.y, data.groups = (
+            data.X.iloc[keep].reset_index(drop=True), data.y.iloc[keep].reset_index(drop=True),
+            data.groups[keep],
+        )  # fmt: skip
+    return curve(args, name, "hospitalised", data, folds_of(args, data))
+
+
+def eicu(args):
+    """Hospital death and later unit stay, from the table of the first 24 hours."""
+    folder = _eicu.find(args.data)
+    if folder is None:
+        return []
+    here = _eicu.load(folder)
+    there = None
+    if args.test_data is not None:
+        place = _eicu.find(args.test_data)
+        if place is None:
+            return []
+        there = _eicu.load(place)
+    rows = []
+    for task in _eicu.TASKS[:1] if args.quick else _eicu.TASKS:
+        data = _eicu_task(here, task)
+        if there is None:
+            rows += curve(args, "eicu-crd-demo", task, data, folds_of(args, data))
+        else:
+            data, splits = between(data, _eicu_task(there, task))
+            rows += curve(args, "eicu-crd-demo to test", task, data, splits)
+    return rows
+
+
+def _eicu_task(data, task):
+    """Rows whose label is known, with the panels as columns of one table."""
+    from sklearn.utils import Bunch
+
+    known = data.y[task].notna().to_numpy()
+    panels = data.X[list(_eicu.PANELS)]
+    summary = EventSummary().fit(panels).transform(panels)
+    summary.columns = [f"s{j}" for j in range(summary.shape[1])]
+    static = data.X[list(_eicu.STATIC)]
+    X = pd.concat([static, summary.set_axis(static.index)], axis=1)
+    X["narrative"] = data.X["note"]
+    modalities = {"table": Tabular([c for c in X if c != "narrative"]), "note": Text("narrative")}
+    groups = pd.factorize(data.groups[known])[0]
+    X, y = X[known].reset_index(drop=True), data.y[task][known].astype(int).reset_index(drop=True)
+    return Bunch(X=X, y=y, groups=groups, modalities=modalities)
+
+
+def diabetes(args):
+    """Readmission within 30 days; the note is made of columns that the table does not have."""
+    folder = _diabetes.find(args.data)
+    if folder is None:
+        return []
+    data = _diabetes.load(folder, every=8 if args.quick else 2)
+    if args.test_data is not None:
+        there = _diabetes.find(args.test_data)
+        if there is None:
+            return []
+        data, splits = between(data, _diabetes.load(there))
+        return curve(args, "diabetes-130 to test", "readmitted_30d", data, splits)
+    name = f"diabetes-130, every {8 if args.quick else 2}th patient"
+    return curve(args, name, "readmitted_30d", data, folds_of(args, data))
+
+
+if __name__ == "__main__":
+    main()

@@ -248,7 +248,9 @@ class Meds:
         if mode == "remove":
             events = events[~other]
         else:
-            coded = other & kind.isin(("LAB", "MEDICATION", "DIAGNOSIS", "PROCEDURE", "DRG")).to_numpy()
+            coded = (
+                other & kind.isin(("LAB", "MEDICATION", "DIAGNOSIS", "PROCEDURE", "DRG")).to_numpy()
+            )
             events.loc[coded, "code"] = kind[coded] + "//ICD//10//ALTERED"
             events.loc[other, "numeric_value"] = 77.0
         return events.sort_values(["subject_id", "time"], kind="stable", na_position="first")

@@ -2,10 +2,10 @@
 
     python make_mimic4.py OUT --labs 20000000
 
-Columns, their order, types and date formats are those of release 2.2 with its modules hosp, icu, note,
-ed and the metadata of MIMIC-CXR. Densities follow the open demo and the release: 290 laboratory
-rows an admission, a quarter of them without ``hadm_id``, stored some time after they were taken, and
-a few never. Tables are drawn and written a block of patients at a time, so that memory does not
+Columns, their order, types and date formats are those of release 2.2 with its modules hosp, icu,
+note, ed and the metadata of MIMIC-CXR. Densities follow the open demo and the release: 290
+laboratory rows an admission, a quarter of them without ``hadm_id``, stored some time after they
+were taken, and a few never. Tables are drawn and written a block of patients at a time, so that memory does not
 grow with size.
 """
 
@@ -44,9 +44,10 @@ CHARTED = {
 }  # fmt: skip
 DRUGS = [f"Drug {letter}{number}" for letter in "ABCDEFGH" for number in range(25)]
 WORDS = (
-    "patient admitted with shortness of breath chest pain fever cough history of hypertension "
-    "diabetes stable improved discharged home follow up lungs clear no acute process effusion"
-).split()
+    "patient", "admitted", "with", "shortness", "of", "breath", "chest", "pain", "fever", "cough",
+    "history", "hypertension", "diabetes", "stable", "improved", "discharged", "home", "follow",
+    "lungs", "clear", "no", "acute", "process", "effusion",
+)  # fmt: skip
 
 
 def main():
@@ -289,7 +290,8 @@ def _codes_and_drugs(rng, stays, files):
     start = rng.random(len(row)) * stays.hours[row]
     files.add("hosp/prescriptions", {
         "subject_id": stays.subject[row], "hadm_id": stays.hadm[row],
-        "pharmacy_id": rng.integers(0, 10**8, len(row)), "starttime": stays.at(row, np.floor(start)),
+        "pharmacy_id": rng.integers(0, 10**8, len(row)),
+        "starttime": stays.at(row, np.floor(start)),
         "stoptime": stays.at(row, np.floor(start) + 24), "drug_type": np.full(len(row), "MAIN"),
         "drug": rng.choice(DRUGS, len(row)), "route": np.full(len(row), "PO"),
     })  # fmt: skip
@@ -403,7 +405,9 @@ def _emergency(rng, stays, files):
     home = np.flatnonzero(rng.random(stays.n) < 0.2)
     who = np.concatenate([row, home])
     came = np.concatenate([stays.arrived[row], stays.leave[home] + np.timedelta64(3, "D")])
-    stay = 40_000_000 + 2 * (stays.hadm[who] - 20_000_000) + np.repeat([0, 1], [len(row), len(home)])
+    stay = (
+        40_000_000 + 2 * (stays.hadm[who] - 20_000_000) + np.repeat([0, 1], [len(row), len(home)])
+    )
     files.add("ed/edstays", {
         "subject_id": stays.subject[who],
         "hadm_id": pa.array(stays.hadm[who], mask=np.arange(len(who)) >= len(row)),
@@ -416,7 +420,9 @@ def _emergency(rng, stays, files):
         "temperature": 98.6, "heartrate": 88.0, "resprate": 18.0, "o2sat": 97.0, "sbp": 130.0,
         "dbp": 75.0,
     }  # fmt: skip
-    drawn = {k: np.round(v * np.exp(0.05 * rng.normal(size=len(who))), 1) for k, v in vitals.items()}
+    drawn = {
+        k: np.round(v * np.exp(0.05 * rng.normal(size=len(who))), 1) for k, v in vitals.items()
+    }
     files.add("ed/triage", {"subject_id": stays.subject[who], "stay_id": stay, **drawn,
         "pain": np.full(len(who), "5"), "acuity": rng.integers(1, 6, len(who)),
         "chiefcomplaint": rng.choice(["CHEST PAIN", "FEVER, COUGH"], len(who)),

@@ -2,10 +2,10 @@
 
     python speed_cohorts.py --json cohorts.json --like DIR --pyhealth PYTHON
 
-Every run is a process of its own; memory is its peak above what imports need. The reference reads only
-the columns that it uses, filters before it joins, and does less: it stops at the table of latest
-values and a sorted long table, without events columns. ``--like`` is a folder of MIMIC-IV shape
-with notes and films in CSV; ``--pyhealth`` the interpreter of an environment with PyHealth.
+Every run is a process of its own; memory is its peak above what imports need. The reference reads
+only the columns that it uses, filters before it joins, and does less: it stops at the table of
+latest values and a sorted long table, without events columns. ``--like`` is a folder of MIMIC-IV
+shape with notes and films in CSV; ``--pyhealth`` the interpreter of an environment with PyHealth.
 """
 
 import json
@@ -37,7 +37,8 @@ with tempfile.TemporaryDirectory() as cache:
         "diagnoses_icd", "procedures_icd", "prescriptions", "labevents"])
     data.global_event_df
     n = len(data.set_task(InHospitalMortalityMIMIC4()))
-peak = max(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+peak = max(resource.getrusage(w).ru_maxrss for w in whose)
 print(json.dumps({"seconds": time.perf_counter() - loaded, "import": loaded - begin,
                   "peak": peak / 1024, "rows": n}))
 """
@@ -99,7 +100,9 @@ def demo(args):
     if args.pyhealth is None:
         print("  --pyhealth was not given: no comparison")
         ours = runs["everything"]
-        return [_row("mimic-iv-demo-2.2", "all inputs", "seconds", ours["seconds"], ours["rows"], args)]
+        return [
+            _row("mimic-iv-demo-2.2", "all inputs", "seconds", ours["seconds"], ours["rows"], args)
+        ]
     for _ in range(1 if args.quick else 2):
         found = _run([str(args.pyhealth), "-c", PYHEALTH, str(folder)])
         _keep_best(runs, "PyHealth", found)
@@ -245,7 +248,7 @@ def everything(folder):
 
 
 def by_hand(folder):
-    """What a competent user writes for the same inputs: labs, drugs, earlier codes, reports, films."""
+    """The same inputs by hand: labs, drugs, codes of earlier admissions, reports, films."""
     from ehrfuse.datasets.vocabulary import items_of
 
     items = set(items_of("mimic")["item"])
@@ -273,7 +276,9 @@ def _rest(read, every, adm):
     key = adm.set_index("hadm_id")
     drugs = read("hosp/prescriptions.csv", ["subject_id", "starttime", "drug"], ["starttime"])
     drugs = drugs.merge(adm[["subject_id", "hadm_id", "since", "landmark"]], on="subject_id")
-    drugs = drugs[(drugs["starttime"] >= drugs["since"]) & (drugs["starttime"] <= drugs["landmark"])]
+    drugs = drugs[
+        (drugs["starttime"] >= drugs["since"]) & (drugs["starttime"] <= drugs["landmark"])
+    ]
     parts = [drugs.sort_values("starttime").groupby("hadm_id")["drug"].agg(list)]
     past = adm[["subject_id", "hadm_id", "landmark"]].merge(
         every[["subject_id", "hadm_id", "dischtime"]].rename(columns={"hadm_id": "earlier"}),

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 from benchmarks.make_mimic4 import make_mimic4
 
-from ehrfuse.datasets import in_hospital_mortality, load_eicu, load_meds, load_mimic4
 from ehrfuse.datasets import _tables as tables_module
+from ehrfuse.datasets import in_hospital_mortality, load_eicu, load_meds, load_mimic4
 
 pytest.importorskip("duckdb")
 TASK = in_hospital_mortality(24, "admission", first_stay=False)
@@ -95,7 +95,9 @@ def test_no_laboratory_at_all(copy):
 def test_wrong_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no folder"):
         load_mimic4(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="tables patients, admissions are not in the folder"):
+    with pytest.raises(
+        FileNotFoundError, match="tables patients, admissions are not in the folder"
+    ):
         load_mimic4(tmp_path)
     with pytest.raises(FileNotFoundError, match="tables patient are not in the folder"):
         load_eicu(tmp_path)
@@ -165,7 +167,7 @@ def test_a_row_cut_short(copy):
 def test_a_missing_column(copy):
     path = copy / "hosp" / "labevents.csv"
     pd.read_csv(path).drop(columns="charttime").to_csv(path, index=False)
-    with pytest.raises(ValueError, match="'labevents'.*has no column 'charttime'"):
+    with pytest.raises(ValueError, match=r"'labevents'.*has no column 'charttime'"):
         load_mimic4(copy, TASK)
 
 
@@ -197,6 +199,15 @@ def test_little_memory_is_said_or_suffices(made):
     assert cells(load_mimic4(made, TASK, memory_limit="200MB").X) == expected
     with pytest.raises(ValueError, match="memory_limit='1MB' does not suffice"):
         load_mimic4(made, TASK, memory_limit="1MB")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"threads": 0}, "threads=0"), ({"memory_limit": "lots"}, "memory_limit='lots' is not")],
+)
+def test_wrong_options(made, options, words):
+    with pytest.raises(ValueError, match=words):
+        load_mimic4(made, TASK, **options)
 
 
 def test_without_the_engine_the_pip_line_is_named(made, monkeypatch):

@@ -5,8 +5,8 @@
 Columns, their order, types and date formats are those of release 2.2 with its modules hosp, icu,
 note, ed and the metadata of MIMIC-CXR. Densities follow the open demo and the release: 290
 laboratory rows an admission, a quarter of them without ``hadm_id``, stored some time after they
-were taken, and a few never. Tables are drawn and written a block of patients at a time, so that memory does not
-grow with size.
+were taken, and a few never. Tables are drawn and written a block of patients at a
+time, so that memory does not grow with size.
 """
 
 import argparse

@@ -12,7 +12,7 @@ import ehrfuse
 PACKAGE = Path(ehrfuse.__file__).parent
 HEAVY = {
     "transformers", "tokenizers", "pytorch_tabnet", "matplotlib", "duckdb", "PIL", "pooch", "peft",
-    "bm25s", "graspologic_native", "ahocorasick", "rapidfuzz", "xgboost", "imblearn",
+    "bm25s", "graspologic_native", "ahocorasick", "rapidfuzz", "xgboost", "imblearn", "ibis",
 }  # fmt: skip
 
 # Layer -> what it may import: our own layers, then packages beside the standard library.

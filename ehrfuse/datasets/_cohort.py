@@ -196,7 +196,6 @@ def _panels(source, rows):
     measured = source.measured()
     if not measured:
         return None, {}
-    source.tables.register("limits_of", vocabulary.limits())
     source.tables.register("units_of", vocabulary.conversions())
     parts, possible = [], set()
     for number, (facts, items) in enumerate(measured):
@@ -356,6 +355,31 @@ def visits(rows, past, codes, numbers):
     column = records_series(records, count, np.ones(rows.n, bool))
     spec = {"kind": "Visits", "columns": "history", "time_unit": "d"}
     return pd.DataFrame({"history": column}), {"history": spec}
+
+
+def melted(table, key, time, known, columns, where=""):
+    """Facts of a wide table, one per cell, in one pass over it.
+
+    Parameters
+    ----------
+    table : str
+        SQL of the table.
+    key, time, known : str
+        SQL of whose, when, and when it was known.
+    columns : list of str
+        They are the items.
+    where : str
+        Which rows.
+
+    Returns
+    -------
+    facts : str
+    """
+    items = ", ".join(f"('{column}')" for column in columns)
+    value = " ".join(f"WHEN '{column}' THEN t.{column}" for column in columns)
+    return f"""(SELECT {key} AS key, {time} AS time, {known} AS known, c.item AS item,
+        CASE c.item {value} END AS value, '' AS unit
+        FROM {table} t CROSS JOIN (VALUES {items}) AS c(item) {where})"""
 
 
 def read_texts(source, facts, rule=_COUNTS, separator="\n\n"):

@@ -165,9 +165,16 @@ class Tables:
 
     def _connect(self):
         connection = self.duckdb.connect()
-        threads = self.threads or min(4, os.cpu_count() or 1)
-        connection.execute(f"SET memory_limit = '{self.memory_limit}'")
-        connection.execute(f"SET threads = {int(threads)}")
+        threads = min(4, os.cpu_count() or 1) if self.threads is None else self.threads
+        if not isinstance(threads, int) or threads < 1:
+            raise ValueError(f"threads={threads!r}; give a whole number of at least 1, or None.")
+        try:
+            connection.execute("SET memory_limit = $1", [str(self.memory_limit)])
+        except self.duckdb.Error:
+            raise ValueError(
+                f"memory_limit={self.memory_limit!r} is not understood; write it like '512MB'."
+            ) from None
+        connection.execute(f"SET threads = {threads}")
         connection.execute("SET preserve_insertion_order = false")
         connection.execute("SET enable_progress_bar = false")
         return connection

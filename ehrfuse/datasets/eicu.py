@@ -5,7 +5,7 @@ import pandas as pd
 import pyarrow as pa
 
 from ehrfuse.datasets import vocabulary
-from ehrfuse.datasets._cohort import Source, build, join_texts, visits
+from ehrfuse.datasets._cohort import Source, build, join_texts, melted, visits
 from ehrfuse.datasets._mimic import DEMOGRAPHICS, HEIGHT, OLDEST, WEIGHT
 from ehrfuse.datasets.mimic4 import open_tables
 
@@ -276,7 +276,7 @@ class Eicu(Source):
             parts.append((facts, items[~items["item"].isin((*_PERIODIC, *_APERIODIC))]))
         for table, columns in (("vitalperiodic", _PERIODIC), ("vitalaperiodic", _APERIODIC)):
             if self.tables.has(table):
-                parts.append(self._wide(table, "observationoffset", columns, "eicu"))
+                parts.append(self._wide(table, columns))
         return parts + self._charted()
 
     def _charted(self):
@@ -316,25 +316,23 @@ class Eicu(Source):
             {item} AS item, {value} AS value, {unit} AS unit
             FROM {self.tables.table(table)} t {more})"""
 
-    def _wide(self, table, time, columns, kind):
-        columns = [column for column in columns if self.tables.has(table, column)]
-        facts = " UNION ALL ".join(
-            self._facts(table, time, time, f"'{column}'", column, "''") for column in columns
-        )
-        items = vocabulary.items_of(kind)
-        return f"({facts})", items[items["item"].isin(columns)]
+    def _wide(self, table, columns):
+        time, columns = "observationoffset", self._there(table, columns)
+        items = vocabulary.items_of("eicu")
+        facts = melted(self.tables.table(table), "patientunitstayid", time, time, columns)
+        return facts, items[items["item"].isin(columns)]
 
     def _hourly(self):
         """What an hour's cell holds is known when the hour is over."""
-        columns = [name for name in _HOURLY if self.tables.has("hourly", name)]
-        facts = " UNION ALL ".join(
-            f"""(SELECT patientunitstayid AS key, CAST(60 * hour AS BIGINT) AS time,
-                 CAST(60 * hour + 60 AS BIGINT) AS known, '{name}' AS item, {name} AS value,
-                 '' AS unit FROM {self.tables.table("hourly")} t WHERE hour >= 0)"""
-            for name in columns
-        )
+        columns = self._there("hourly", _HOURLY)
+        time, known = "CAST(60 * hour AS BIGINT)", "CAST(60 * hour + 60 AS BIGINT)"
+        table = self.tables.table("hourly")
+        facts = melted(table, "patientunitstayid", time, known, columns, "WHERE hour >= 0")
         items = vocabulary.items_of("short")
-        return f"({facts})", items[items["item"].isin(columns)]
+        return facts, items[items["item"].isin(columns)]
+
+    def _there(self, table, columns):
+        return [column for column in columns if self.tables.has(table, column)]
 
     def drugs(self):
         """See `Source.drugs`."""

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from ehrfuse.datasets._cohort import build, read_texts
+from ehrfuse.datasets import vocabulary
+from ehrfuse.datasets._cohort import build, melted, read_texts
 from ehrfuse.datasets._mimic import COMMON, OLDEST, Mimic, dated, note_text, stored
 from ehrfuse.datasets._tables import Tables
 
@@ -230,23 +231,17 @@ class Mimic4(Mimic):
         """See `Source.measured`."""
         parts = super().measured()
         if self.tables.has("vitalsign"):
-            from ehrfuse.datasets.vocabulary import NAMES
-
             table = self.tables.table("vitalsign")
-            facts = " UNION ALL ".join(
-                f"""SELECT subject_id AS key, charttime AS time, charttime AS known,
-                    '{column}' AS item, {column} AS value, '' AS unit FROM {table} t"""
-                for column in VITALS
-            )
+            facts = melted(table, "subject_id", "charttime", "charttime", list(VITALS))
             items = pd.DataFrame(
                 {
                     "item": list(VITALS),
-                    "code": [NAMES.index(name) for name in VITALS.values()],
+                    "code": [vocabulary.NAMES.index(name) for name in VITALS.values()],
                     "factor": [5 / 9 if c == "temperature" else 1.0 for c in VITALS],
                     "shift": [-160 / 9 if c == "temperature" else 0.0 for c in VITALS],
                 }
             )
-            parts.append((f"({facts})", items))
+            parts.append((facts, items))
         return parts
 
     def drugs(self):

@@ -2,11 +2,11 @@
 
     python make_mimic4.py OUT --labs 20000000
 
-Columns, their order, types and date formats are those of release 2.2 with its modules hosp, icu, note,
-ed and the metadata of MIMIC-CXR. Densities follow the open demo and the release: 290 laboratory
-rows an admission, a quarter of them without ``hadm_id``, stored some time after they were taken, and
-a few never. Tables are drawn and written a block of patients at a time, so that memory does not
-grow with size.
+Columns, their order, types and date formats are those of release 2.2 with its modules hosp, icu,
+note, ed and the metadata of MIMIC-CXR. Densities follow the open demo and the release: 290
+laboratory rows an admission, a quarter of them without ``hadm_id``, stored some time after they
+were taken, and a few never. Tables are drawn and written a block of patients at a
+time, so that memory does not grow with size.
 """
 
 import argparse
@@ -43,34 +43,11 @@ CHARTED = {
     226512: (80, 0.2, "kg"), 226730: (170, 0.06, "cm"), 220047: (60, 0.1, "bpm"),
 }  # fmt: skip
 DRUGS = [f"Drug {letter}{number}" for letter in "ABCDEFGH" for number in range(25)]
-WORDS = [
-    "patient",
-    "admitted",
-    "with",
-    "shortness",
-    "of",
-    "breath",
-    "chest",
-    "pain",
-    "fever",
-    "cough",
-    "history",
-    "of",
-    "hypertension",
-    "diabetes",
-    "stable",
-    "improved",
-    "discharged",
-    "home",
-    "follow",
-    "up",
-    "lungs",
-    "clear",
-    "no",
-    "acute",
-    "process",
-    "effusion",
-]
+WORDS = (
+    "patient", "admitted", "with", "shortness", "of", "breath", "chest", "pain", "fever", "cough",
+    "history", "hypertension", "diabetes", "stable", "improved", "discharged", "home", "follow",
+    "lungs", "clear", "no", "acute", "process", "effusion",
+)  # fmt: skip
 
 
 def main():
@@ -313,7 +290,8 @@ def _codes_and_drugs(rng, stays, files):
     start = rng.random(len(row)) * stays.hours[row]
     files.add("hosp/prescriptions", {
         "subject_id": stays.subject[row], "hadm_id": stays.hadm[row],
-        "pharmacy_id": rng.integers(0, 10**8, len(row)), "starttime": stays.at(row, np.floor(start)),
+        "pharmacy_id": rng.integers(0, 10**8, len(row)),
+        "starttime": stays.at(row, np.floor(start)),
         "stoptime": stays.at(row, np.floor(start) + 24), "drug_type": np.full(len(row), "MAIN"),
         "drug": rng.choice(DRUGS, len(row)), "route": np.full(len(row), "PO"),
     })  # fmt: skip

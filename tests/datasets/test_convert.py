@@ -90,7 +90,7 @@ def test_a_header_with_a_column_twice(tmp_path):
 
 
 def test_no_tables(tmp_path):
-    with pytest.raises(FileNotFoundError, match="There is no .csv"):
+    with pytest.raises(FileNotFoundError, match=r"There is no \.csv"):
         to_parquet(tmp_path, tmp_path / "out")
 
 

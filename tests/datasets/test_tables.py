@@ -167,7 +167,7 @@ def test_a_row_cut_short(copy):
 def test_a_missing_column(copy):
     path = copy / "hosp" / "labevents.csv"
     pd.read_csv(path).drop(columns="charttime").to_csv(path, index=False)
-    with pytest.raises(ValueError, match="'labevents'.*has no column 'charttime'"):
+    with pytest.raises(ValueError, match=r"'labevents'.*has no column 'charttime'"):
         load_mimic4(copy, TASK)
 
 
@@ -199,6 +199,15 @@ def test_little_memory_is_said_or_suffices(made):
     assert cells(load_mimic4(made, TASK, memory_limit="200MB").X) == expected
     with pytest.raises(ValueError, match="memory_limit='1MB' does not suffice"):
         load_mimic4(made, TASK, memory_limit="1MB")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"threads": 0}, "threads=0"), ({"memory_limit": "lots"}, "memory_limit='lots' is not")],
+)
+def test_wrong_options(made, options, words):
+    with pytest.raises(ValueError, match=words):
+        load_mimic4(made, TASK, **options)
 
 
 def test_without_the_engine_the_pip_line_is_named(made, monkeypatch):

@@ -65,6 +65,17 @@ def _known(frame, columns):
     return pd.concat(times, axis=1).max(axis=1)
 
 
+def mixed(altered, removed, whose):
+    """Of every second patient the altered rows, of the others what the removal left."""
+
+    def every_second(frame):
+        return whose(frame).map(lambda key: sum(map(ord, str(key))) % 2 == 0).to_numpy(dtype=bool)
+
+    return pd.concat(
+        [altered[every_second(altered)], removed[~every_second(removed)]], ignore_index=True
+    )
+
+
 def alter_cells(frame, at, keep=()):
     """Other numbers, codes and words in some rows; keys and times stay."""
     frame = frame.copy()
@@ -95,8 +106,17 @@ class Mimic:
         self.owner = adm.set_index("hadm_id")["subject_id"]
 
     def rewrite(self, mode):
-        """All tables with the future removed or altered."""
-        return {name: self._one(name, frame, mode) for name, frame in self.raw.items()}
+        """All tables with the future removed, altered, or both (``mixed``)."""
+        return {name: self._some(name, frame, mode) for name, frame in self.raw.items()}
+
+    def _some(self, name, frame, mode):
+        if mode != "mixed":
+            return self._one(name, frame, mode)
+        both = self._one(name, frame, "alter"), self._one(name, frame, "remove")
+        return mixed(*both, self._whose)
+
+    def _whose(self, frame):
+        return frame["subject_id"] if "subject_id" in frame else frame["hadm_id"].map(self.owner)
 
     def _one(self, name, frame, mode):
         if name == "patients":
@@ -194,9 +214,17 @@ class Eicu:
         later = number > p["patienthealthsystemstayid"].map(place).fillna(10**6)
         self.chosen, self.later = set(chosen), set(p.loc[later, "patientunitstayid"])
 
+        self.whole = p.set_index("patientunitstayid")["patienthealthsystemstayid"]
+
     def rewrite(self, mode):
-        """All tables with the future removed or altered."""
-        return {name: self._one(name, frame, mode) for name, frame in self.raw.items()}
+        """All tables with the future removed, altered, or both (``mixed``)."""
+        return {name: self._some(name, frame, mode) for name, frame in self.raw.items()}
+
+    def _some(self, name, frame, mode):
+        if mode != "mixed":
+            return self._one(name, frame, mode)
+        both = self._one(name, frame, "alter"), self._one(name, frame, "remove")
+        return mixed(*both, lambda f: f["patientunitstayid"].map(self.whole))
 
     def _one(self, name, frame, mode):
         key = frame["patientunitstayid"]
@@ -232,7 +260,11 @@ class Meds:
             self.ends = (*self.ends, "HOSPITAL_ADMISSION")
 
     def rewrite(self, mode):
-        """Events with the future removed or altered; the ends of what is going on are moved."""
+        """Events with the future removed, altered, or both; ends of what is going on are moved."""
+        if mode == "mixed":
+            both = self.rewrite("alter"), self.rewrite("remove")
+            events = mixed(*both, lambda f: f["subject_id"])
+            return events.sort_values(["subject_id", "time"], kind="stable", na_position="first")
         events = self.events.copy()
         after = events["time"].to_numpy() > self.landmark.reindex(events["subject_id"]).to_numpy()
         kind = events["code"].str.split("//").str[0]

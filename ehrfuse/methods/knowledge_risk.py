@@ -260,6 +260,8 @@ class KnowledgeAugmentedRiskModel(TorchClassifier):
                     "knowledge is a graph, and no modality is Text; declare one, or give a "
                     "KnowledgeRetriever with codes=."
                 )
+            # NOTE[DIFF] A walk and words under a budget, not the nearest community summary; no
+            # similar patients, whose labels would be shown.
             found = KnowledgeRetriever(found, text=self._notes)
         if not isinstance(found, KnowledgeRetriever):
             raise ValueError(
@@ -477,6 +479,7 @@ class _Task:
         if self.reader is not None:
             score = np.zeros((len(y), 1 if self.n_classes == 2 else self.n_classes))
             texts = [""] * len(y)
+            # NOTE[DIFF] Out of fold, where the paper's public relative sees the label.
             for train, test in folds:
                 model = two.fit_one(self.reader, frame.iloc[train], y[train])
                 self.models.append(model)
@@ -485,6 +488,7 @@ class _Task:
                     for i, text in zip(test, self._write(model, frame.iloc[test]), strict=True):
                         texts[i] = text
         rationale = None
+        # NOTE[DIFF] None by default; what is embedded is out of fold and blind to the label.
         if self.rationale is not None:
             texts = sentences(frame) if self.rationale == "extractive" else texts
             if texts is None:
@@ -494,6 +498,7 @@ class _Task:
         self.held_out = (score, rationale)
 
     def _score(self, model, frame):
+        # NOTE[DIFF] Log-odds, never a label parsed from text.
         return two.log_odds(two.aligned(model, model.predict_proba(frame), self.n_classes))
 
     def _write(self, model, frame):

@@ -236,8 +236,8 @@ def ratios(args, graph):
     ours = best(lambda: retriever.walk(seeds)) / n
     walk = nx.Graph()
     walk.add_nodes_from(range(graph.n_nodes))
-    coo = sparse.coo_array(retriever._walk)
-    walk.add_edges_from(zip(coo.row.tolist(), coo.col.tolist(), strict=True))
+    links = sparse.coo_array(retriever._walk)
+    walk.add_edges_from(zip(links.row.tolist(), links.col.tolist(), strict=True))
     start = {int(i): 1.0 for i in place[0]}
 
     def reference():

@@ -152,7 +152,7 @@ def synpuf(folder, n_patients=None):
     admitted = pd.to_datetime(claims["CLM_ADMSN_DT"], format="%Y%m%d")
     left = pd.to_datetime(claims["NCH_BENE_DSCHRG_DT"], format="%Y%m%d")
     claims = claims.assign(admitted=admitted, left=left).dropna(subset=["admitted", "left"])
-    claims = claims.sort_values(["DESYNPUF_ID", "admitted", "left"], ignore_index=True)
+    claims = claims.sort_values(["DESYNPUF_ID", "left", "admitted"], ignore_index=True)
     diagnoses = [c for c in claims if c.startswith("ICD9_DGNS_CD")]
     days = (claims["left"] - pd.Timestamp("2007-01-01")).dt.days
     stay = (claims["left"] - claims["admitted"]).dt.days

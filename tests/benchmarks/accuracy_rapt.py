@@ -48,12 +48,13 @@ SECTIONS = ("p12", "c", "e", "diabetes", "mimic", "synpuf", "prenatal")
 RAPT, TREES, XGB = "RAPTClassifier", "HistGradientBoosting", "XGBoost"
 BASELINES = ("lstm", "transformer", "retain", "tlstm", "dipole", "hitanet", "grud")
 TASKS = ("similarity", "masked", "reasonability")
+EPOCHS = 20  # on visits without a summary: as many as the baselines have
 
 
 def main():
     """Run the sections asked for and print one table."""
     options = parser(__doc__.splitlines()[0], SECTIONS)
-    options.add_argument("--models", nargs="+", help="only models whose name holds one of these")
+    options.add_argument("--models", nargs="+", help="only these models, by name or part of it")
     options.add_argument("--n-folds", type=int, help="only the first so many folds")
     options.add_argument("--splits", type=Path, help="c: folder of index files, phy12_split*.npy")
     args = parse(options)
@@ -131,11 +132,11 @@ def rapt(modalities, seed, *, kind=RAPTClassifier, pretrain=True, tasks=TASKS, a
     return kind(modalities, pretrained=pretrained, groups=groups, random_state=seed, **params)
 
 
-def networks(modalities, groups=None):
+def networks(modalities, groups=None, **epochs):
     """Name to function of a seed: RAPT, its ablations, and the baselines."""
 
     def of(**params):
-        return lambda seed: rapt(modalities, seed, groups=groups, **params)
+        return lambda seed: rapt(modalities, seed, groups=groups, **epochs | params)
 
     def baseline(name):
         return lambda seed: SequenceClassifier(
@@ -149,8 +150,8 @@ def networks(modalities, groups=None):
         f"{RAPT}(plain attention)": of(attention="plain"),
         f"{RAPT}(gap attention)": of(attention="gap"),
         f"{RAPT}(release attention)": of(attention="release"),
-        f"{RAPT}(no summary)": of(summary=False, max_epochs=20),
-        f"{RAPT}(no summary, no pretraining)": of(summary=False, pretrain=False, max_epochs=20),
+        f"{RAPT}(no summary)": of(summary=False, max_epochs=EPOCHS),
+        f"{RAPT}(no summary, no pretraining)": of(summary=False, pretrain=False, max_epochs=EPOCHS),
     }
     return models | {f"SequenceClassifier({name})": baseline(name) for name in BASELINES}
 
@@ -158,7 +159,11 @@ def networks(modalities, groups=None):
 def _chosen(models, args):
     """Models by name; --quick takes one of each kind."""
     if args.models:
-        return {n: m for n, m in models.items() if any(part in n for part in args.models)}
+        exact = set(args.models) & set(models)
+        parts = set(args.models) - exact
+        return {
+            n: m for n, m in models.items() if n in exact or any(part in n for part in parts)
+        }  # fmt: skip
     if args.quick:
         keep = (TREES, RAPT, f"{RAPT}(no pretraining)", "SequenceClassifier(grud)")
         return {n: m for n, m in models.items() if n in keep}
@@ -353,7 +358,9 @@ def _visits(args, name, task, load, n_folds=5):
 
     X, y = X.reset_index(drop=True), y.reset_index(drop=True)
     cohort = _cohort(args, name, task, X, y, splits, groups)
-    return _run(args, cohort, {TREES: trees} | networks(here.modalities, groups="patient"))
+    models = networks(here.modalities, groups="patient", max_epochs=EPOCHS)
+    models = {n: m for n, m in models.items() if "summary" not in n}  # there are no events
+    return _run(args, cohort, {TREES: trees} | models)
 
 
 def diabetes(args):
@@ -404,10 +411,10 @@ def _simulated(task, n, seed):
 
 def _prenatal_models(data):
     """The models, and RAPT pretrained on generated women too."""
-    few = networks(data.modalities, groups="subject_id")
+    few = networks(data.modalities, groups="subject_id", max_epochs=EPOCHS)
     few = {n: m for n, m in few.items() if "summary" not in n}  # there are no events
     few[f"{RAPT}(generated patients too)"] = lambda seed: rapt(
-        data.modalities, seed, groups="subject_id", augment=VisitGAN("visits")
+        data.modalities, seed, groups="subject_id", augment=VisitGAN("visits"), max_epochs=EPOCHS
     )
     return {TREES: lambda seed: trees(seed, LAST_WEEK)} | few
 
@@ -492,9 +499,11 @@ def _last_week(args, n):
     content = hashlib.blake2b(pickle.dumps((data.X, data.y), protocol=5)).hexdigest()
     name = f"make_prenatal, {len(data.X):,} women"
     models = {
-        "RAPTRegressor": lambda seed: rapt(data.modalities, seed, kind=RAPTRegressor),
+        "RAPTRegressor": lambda seed: rapt(
+            data.modalities, seed, kind=RAPTRegressor, max_epochs=EPOCHS
+        ),
         "RAPTRegressor(no pretraining)": lambda seed: rapt(
-            data.modalities, seed, kind=RAPTRegressor, pretrain=False
+            data.modalities, seed, kind=RAPTRegressor, pretrain=False, max_epochs=EPOCHS
         ),
     }
     models |= {

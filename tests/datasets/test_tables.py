@@ -178,6 +178,21 @@ def test_no_time_of_storage(copy):
     assert load_mimic4(copy, TASK).X["chemistry"].notna().any()
 
 
+def test_rows_are_placed_by_time_not_by_admission(copy, made):
+    """A quarter of the laboratory rows has no ``hadm_id``: it is never needed."""
+    expected = cells(load_mimic4(made, TASK).X)
+    path = copy / "hosp" / "labevents.csv"
+    pd.read_csv(path).assign(hadm_id=None).to_csv(path, index=False)
+    assert cells(load_mimic4(copy, TASK).X) == expected
+
+
+def test_later_years_can_be_held_out(made):
+    data = load_mimic4(made, TASK)
+    assert data.X["anchor_year_group"].notna().all()
+    columns = {c for m in data.modalities.values() for c in np.atleast_1d(m.columns)}
+    assert "anchor_year_group" not in columns
+
+
 def test_duplicated_keys(copy, made):
     """Whole rows that repeat are one row; rows that contradict each other are an error."""
     expected = cells(load_mimic4(made, TASK).X)

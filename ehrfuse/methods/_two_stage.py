@@ -18,12 +18,13 @@ from sklearn.model_selection import (
     StratifiedKFold,
 )
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import MaxAbsScaler, OneHotEncoder, StandardScaler
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from ehrfuse import _hub
 from ehrfuse._runtime import import_optional
 from ehrfuse.modalities import Events, EventSummary, Visits
 
+KNOWLEDGE_WEIGHT = 0.3  # of its words beside those of the notes, in stage 1
 EDGE = 1e-6  # probabilities are kept this far from 0 and 1 before their log-odds are taken
 
 
@@ -217,28 +218,30 @@ class EncodedText(TransformerMixin, BaseEstimator):
         return found
 
 
-def linear_reader(notes, knowledge, numbers, *, encoder, class_weight, random_state):
-    """Logistic regression on words (or vectors) of the notes, the knowledge and its numbers.
+def linear_reader(notes, knowledge, *, encoder, class_weight, random_state):
+    """Logistic regression on words (or vectors) of the notes and of the knowledge.
 
-    `notes` maps a column to its `Text`; `knowledge` is a column or None.
+    `notes` maps a column to its `Text`; `knowledge` is a column or None. Numbers of the retrieval
+    go to stage 2 alone: here they are learned by heart.
     """
-    parts = [("(one)", Ones(), [*notes, *numbers][:1])]
+    parts = [("(one)", Ones(), [*notes, knowledge][:1])]
     for column, text in notes.items():
         if encoder is None:
             parts.append((column, Words(text.min_count, text.max_words), [column]))
         else:
-            parts.append((column, make_pipeline(EncodedText(encoder, text.cache),
-                                                StandardScaler()), [column]))  # fmt: skip
+            vectors = make_pipeline(EncodedText(encoder, text.cache), StandardScaler())
+            parts.append((column, vectors, [column]))
     if knowledge is not None:
-        one = Words(5) if encoder is None else EncodedText(encoder)
+        one = Words(5) if encoder is None else make_pipeline(EncodedText(encoder), StandardScaler())
         parts.append(("(knowledge)", one, [knowledge]))
-        scale = make_pipeline(SimpleImputer(strategy="constant", fill_value=0.0), MaxAbsScaler())
-        parts.append(("(numbers)", scale, numbers))
     model = LogisticRegression(
         C=3.0 if encoder is None else 0.01, max_iter=2000, class_weight=class_weight,
         random_state=random_state,
     )  # fmt: skip
-    return make_pipeline(ColumnTransformer(parts, sparse_threshold=1.0), model)
+    columns = ColumnTransformer(
+        parts, sparse_threshold=1.0, transformer_weights={"(knowledge)": KNOWLEDGE_WEIGHT}
+    )
+    return make_pipeline(columns, model)
 
 
 class Ones(TransformerMixin, BaseEstimator):
@@ -360,7 +363,7 @@ def second_stage(kind, class_weight, seed):
         return make_pipeline(Seen(), estimator.set_params(**unset))
     if kind == "hgb":
         trees = HistGradientBoostingClassifier(
-            learning_rate=0.08, max_iter=100, max_leaf_nodes=15, min_samples_leaf=20,
+            learning_rate=0.05, max_iter=120, max_leaf_nodes=7, min_samples_leaf=20,
             l2_regularization=1.0, max_features=0.3, class_weight=class_weight, random_state=seed,
         )  # fmt: skip
         return make_pipeline(Seen(), trees)

@@ -340,9 +340,8 @@ class KnowledgeAugmentedRiskModel(TorchClassifier):
                 class_weight=self._class_weight(), device=self.device,
             )  # fmt: skip
         texts = {m.columns_[0]: m for m in self.modalities_.values() if isinstance(m, Text)}
-        numbers = [] if facts is None else self.knowledge_.columns_out_[1:]
         return two.linear_reader(
-            texts, facts, numbers, encoder=self.model if self.stage1 == "hf-encoder" else None,
+            texts, facts, encoder=self.model if self.stage1 == "hf-encoder" else None,
             class_weight=self._class_weight(), random_state=seed,
         )  # fmt: skip
 

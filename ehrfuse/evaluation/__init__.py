@@ -1,5 +1,6 @@
 """Honest evaluation of any scikit-learn estimator on data with missing modalities."""
 
+from ehrfuse.evaluation.attention import AttentionChangeDisplay
 from ehrfuse.evaluation.displays import MissingPatternDisplay
 from ehrfuse.evaluation.folds import out_of_fold
 from ehrfuse.evaluation.metrics import (
@@ -13,6 +14,7 @@ from ehrfuse.evaluation.missingness import outcome_by_pattern, presence_informat
 
 __all__ = [
     "METRICS",
+    "AttentionChangeDisplay",
     "MissingPatternDisplay",
     "bootstrap_scores",
     "masked_scorer",

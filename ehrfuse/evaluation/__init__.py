@@ -1,5 +1,6 @@
 """Honest evaluation of any scikit-learn estimator on data with missing modalities."""
 
+from ehrfuse.evaluation.attention import AttentionChangeDisplay
 from ehrfuse.evaluation.displays import MissingPatternDisplay
 from ehrfuse.evaluation.explanations import explain_in_words, sensitivity, silhouette_report
 from ehrfuse.evaluation.folds import out_of_fold
@@ -15,6 +16,7 @@ from ehrfuse.evaluation.timelines import EmbeddingDisplay, TimelineDisplay
 
 __all__ = [
     "METRICS",
+    "AttentionChangeDisplay",
     "EmbeddingDisplay",
     "MissingPatternDisplay",
     "TimelineDisplay",

@@ -30,6 +30,9 @@ DEFAULTS = Sizes(
 FROZEN_IN_THE_PAPER = ("embedder", "tabnet.norm", "tabnet.shared", "tabnet.splitter")
 
 
+MAX_EXPLAINED = 4096  # training rows that the importance of columns is averaged over
+
+
 class TableCore(Core):
     """Core whose tables are read by TabNet."""
 
@@ -117,7 +120,8 @@ class TabNetEstimator(TorchEstimator):
 
     def _train(self, data, validation, seed, device):
         super()._train(data, validation, seed, device)
-        total = self._attention(data)[:, 0].sum(0)
+        some = replace(data, rows=data.rows[:: max(1, len(data) // MAX_EXPLAINED)])
+        total = self._attention(some)[:, 0].sum(0)
         self.feature_importances_ = total / total.sum() if total.sum() > 0 else total
         return self
 

@@ -29,7 +29,7 @@ from ehrfuse.modalities.text import Text
 from ehrfuse.nn.clip import ChunkPool, SplitEncoder, TopicEncoder
 from ehrfuse.nn.fusion import blank
 from ehrfuse.nn.losses import clip_loss, masked_mse, siglip_loss
-from ehrfuse.nn.tabnet import MaskedReconstruction
+from ehrfuse.nn.tabnet_tables import MaskedReconstruction
 
 __all__ = ["ClipEHRAligner"]
 
@@ -91,9 +91,11 @@ class ClipCore(TableCore):
             tables = torch.stack([batch.present[name] for name in self.encoders], 1).any(1)
             both = (written & tables).nonzero().squeeze(1)
             row, note = row[both], note[both]
+            # NOTE[DIFF] Rows of one patient are no wrong answers for each other.
             if contrast:
                 groups = None if batch.groups is None else batch.groups[both]
                 terms["contrastive"] = contrast * self.contrast(row, note, groups)
+            # NOTE[DIFF] The contrast alone learns what tells rows apart; this term, what notes say.
             if regression:
                 known = torch.ones_like(note, dtype=torch.bool)
                 guess = self.heads["guess"](row)
@@ -187,7 +189,12 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
     -----
     Differences from the paper (marked ``NOTE[DIFF]`` where they stand):
 
-    * PLACEHOLDER
+    * the note's vector is also guessed from the record, because the contrast alone learns what
+      tells rows apart, and that is not all that a note says;
+    * by default notes are read by words, as topics of the training notes: nothing is downloaded;
+      the paper's is ``Text("note", model="yikuan8/Clinical-Longformer", trainable=True)``;
+    * rows of one patient are never each other's wrong answers, and cells may be missing;
+    * the temperature is learned, and the masked phase is an estimator of its own.
 
     No note, and no word of one beyond the vocabulary of `Text`, is kept in the fitted estimator.
 
@@ -302,7 +309,7 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
         return ClipCore(self._table_encoders(modalities), notes, self)
 
     def _reader(self, modality):
-        if modality.model is None:
+        if modality.model is None:  # NOTE[DIFF] The paper reads notes by Clinical-Longformer.
             return TopicEncoder(len(modality.vocabulary_) + 1, self.n_topics)
         encoder = modality.make_encoder(self.embed_dim)
         if modality.trainable:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ehrfuse.base import TorchClassifier, TorchEncoder, TorchRegressor
 from ehrfuse.methods._tabnet import TABLES, TableCore, TabNetEstimator
-from ehrfuse.nn.tabnet import MaskedReconstruction
+from ehrfuse.nn.tabnet_tables import MaskedReconstruction
 
 __all__ = ["TabNetClassifier", "TabNetPretrainer", "TabNetRegressor"]
 

@@ -20,7 +20,8 @@ from ehrfuse.modalities._numbers import (
     read_origin,
 )
 from ehrfuse.nn.encoders import TableEncoder
-from ehrfuse.nn.tabnet import Sizes, TabNetTableEncoder
+from ehrfuse.nn.tabnet import Sizes
+from ehrfuse.nn.tabnet_tables import TabNetTableEncoder
 
 __all__ = ["TabNetTabular", "Tabular"]
 

@@ -19,9 +19,9 @@ from ehrfuse.nn.tabnet import (
     Sizes,
     TabNetDecoder,
     TabNetEncoder,
-    TabNetInput,
     plain_linear,
 )
+from ehrfuse.nn.tabnet_tables import TabNetInput
 
 SIZES = set(Sizes._fields) - {"virtual_batch_size"}  # which the library does not store
 

@@ -203,7 +203,7 @@ def test_predicts_unseen_categories_holes_and_single_rows(table):
         ({"mask_type": "softmax"}, "mask_type"),
         ({"n_shared": 0, "n_independent": 0}, "needs a layer"),
         ({"lambda_sparse": -1.0}, "lambda_sparse"),
-        ({"freeze": ("encoders.tabel",)}, "does not have"),
+        ({"freeze": ("encoders.tables",)}, "does not have"),
     ],
 )
 def test_bad_parameters(table, params, message):

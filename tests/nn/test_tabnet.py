@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ehrfuse.nn import tabnet as ours
 from ehrfuse.nn.numeric import NumericFeatures
 from ehrfuse.nn.tabnet_checkpoint import TabNet, load_tabnet, save_tabnet
+from ehrfuse.nn.tabnet_tables import TabNetTableEncoder
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +252,7 @@ def test_buffers_follow_and_global_stream_is_left_alone():
 
 def test_missing_numbers_reach_no_gradient():
     numbers = NumericFeatures(torch.zeros(3, 2), torch.tensor([1]))
-    encoder = ours.TabNetTableEncoder(numbers, [4], ours.Sizes(n_d=4, n_a=4))
+    encoder = TabNetTableEncoder(numbers, [4], ours.Sizes(n_d=4, n_a=4))
     values = torch.tensor([[0.1, torch.nan, 2.0], [1.0, 0.0, torch.nan]] * 4)
     x = {"values": values, "codes": torch.tensor([[0], [3]] * 4)}
     token, mask = encoder(x)
@@ -270,7 +271,7 @@ def test_missing_numbers_reach_no_gradient():
 
 def test_hidden_columns_are_gone_with_all_their_features():
     numbers = NumericFeatures(torch.tensor([[0.0, 1.0, 2.0], [0, 0, 0]]), torch.tensor([0]))
-    encoder = ours.TabNetTableEncoder(numbers, [5], ours.Sizes(n_d=4, n_a=4))
+    encoder = TabNetTableEncoder(numbers, [5], ours.Sizes(n_d=4, n_a=4))
     x = {"values": torch.rand(50, 2) + 0.5, "codes": torch.randint(2, 5, (50, 1))}
     features = encoder.features(x)
     hidden, prior, gone = encoder.hide(features, 0.5)

@@ -111,6 +111,7 @@ def add_lora(
     model: nn.Module,
     rank: int,
     alpha: float | None = None,
+    dropout: float = 0.0,
     targets: str | Sequence[str] = "all-linear",
 ) -> nn.Module:
     """Put low-rank adapters into layers of a model, in place, and fix all its other weights.
@@ -122,6 +123,8 @@ def add_lora(
     rank : int
     alpha : float or None
         The adapters are scaled by alpha / rank; None is twice the rank.
+    dropout : float
+        On what the adapters read.
     targets : str or sequence of str
         Names of layers, or "all-linear".
 
@@ -129,14 +132,22 @@ def add_lora(
     -------
     model : Module
         The same one. An adapter starts at zero, so its outputs are what they were.
+
+    References
+    ----------
+    Hu et al.: LoRA: low-rank adaptation of large language models. arXiv:2106.09685.
     """
     peft = import_optional("peft", "lora")
     config = peft.LoraConfig(
-        r=rank, lora_alpha=2 * rank if alpha is None else alpha,
+        r=rank, lora_alpha=2 * rank if alpha is None else alpha, lora_dropout=dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
     )  # fmt: skip
     model.requires_grad_(False)
-    peft.inject_adapter_in_model(config, model)
+    with _quiet(), warnings.catch_warnings():
+        # peft asks transformers by a name that is on its way out.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", module="trans")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="peft")
+        peft.inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name and "pooler" not in name)
     return model
@@ -421,115 +432,6 @@ def _pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     if pooling == "last":  # the last real token: behind it a short chunk is padded
         return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
     return torch.where(mask[..., None], hidden, 0.0).sum(1) / mask.sum(1, keepdim=True)
-
-
-# ---------------------------------------------------------------- causal language models
-
-
-def copy_causal(info: ModelInfo) -> nn.Module:
-    """Copy a pretrained causal language model, on the CPU and trainable."""
-    return copy.deepcopy(_causal_model(info, "cpu")).requires_grad_(True)
-
-
-def build_causal(config: str) -> nn.Module:
-    """Build the network of a causal model, with random weights and without any file."""
-    from transformers import AutoModelForCausalLM
-
-    with seeded(0, torch.device("cpu")), _quiet():
-        return AutoModelForCausalLM.from_config(_config(config), dtype=torch.float32)
-
-
-@lru_cache(maxsize=2)
-def _causal_model(info: ModelInfo, device: str) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    options: dict[str, Any] = {
-        "revision": info.revision or "main", "trust_remote_code": False, "weights_only": True,
-        "dtype": torch.float32, "output_loading_info": True,
-    }  # fmt: skip
-    with _loading(info.name, "causal language model"), seeded(0, torch.device("cpu")):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(info.name, **options)
-        model, report = loaded
-        if report["missing_keys"] or report["mismatched_keys"]:
-            raise ValueError(
-                "it has no weights for a language model's head, so it cannot write text"
-            )
-    return model.eval().to(device)
-
-
-def add_lora(
-    model: nn.Module, *, rank: int, alpha: float, dropout: float, targets: Any = "all-linear"
-) -> nn.Module:
-    """Put low-rank adapters into a model; only these train (Hu et al., 2021, arXiv 2106.09685)."""
-    peft = import_optional("peft", "lora")
-    config = peft.LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none"
-    )
-    with _quiet(), warnings.catch_warnings():
-        # peft asks transformers by a name that is on its way out.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", module="trans")
-        warnings.filterwarnings("ignore", category=FutureWarning, module="peft")
-        return peft.get_peft_model(model, config)
-
-
-def cut_prompt(ids: Sequence[int], room: int) -> list[int]:
-    """The first and the last tokens of a text that is longer than the room for it."""
-    if len(ids) <= room:
-        return list(ids)
-    first = (room + 1) // 2
-    return [*ids[:first], *ids[len(ids) - (room - first) :]] if room > first else [*ids[:first]]
-
-
-def continue_texts(
-    texts: Sequence[str],
-    info: ModelInfo,
-    *,
-    max_new_tokens: int = 128,
-    device: "str | torch.device | None" = None,
-) -> list[str]:
-    """What a causal model writes after every text, without sampling."""
-    tokenizer, frame = _tokenizer(info)
-    model = _causal_model(info, str(resolve_device(device)))
-    room = longest_chunk(info, 1 << 20) - max_new_tokens - len(frame.prefix)
-    if room < 1:
-        raise ValueError(
-            f"max_new_tokens={max_new_tokens} leaves no room for a text in model {info.name!r}."
-        )
-    rows = [
-        [*frame.prefix, *cut_prompt(tokenizer(text, add_special_tokens=False)["input_ids"], room)]
-        for text in texts
-    ]
-    rows = [row or [frame.pad] for row in rows]
-    return continue_ids(model, rows, tokenizer, frame.pad, max_new_tokens)
-
-
-@torch.inference_mode()
-def continue_ids(
-    model: Any, rows: Sequence[Sequence[int]], tokenizer: Any, pad: int, max_new_tokens: int
-) -> list[str]:
-    """The same from token numbers, in batches of texts alike in length."""
-    device = next(model.parameters()).device
-    order = np.argsort([len(row) for row in rows], kind="stable")[::-1]
-    said = [""] * len(rows)
-    start = 0
-    while start < len(order):
-        longest = len(rows[order[start]])
-        some = order[start : start + max(1, TOKENS_PER_BATCH // (longest + max_new_tokens))]
-        start += len(some)
-        ids = torch.full((len(some), longest), pad, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for place, i in enumerate(some):  # padded on the left: what is written follows the text
-            ids[place, longest - len(rows[i]) :] = torch.tensor(rows[i])
-            mask[place, longest - len(rows[i]) :] = 1
-        with _quiet():
-            found = model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=False,
-                max_new_tokens=max_new_tokens, pad_token_id=pad,
-            )  # fmt: skip
-        words = tokenizer.batch_decode(found[:, longest:].cpu(), skip_special_tokens=True)
-        for i, text in zip(some, words, strict=True):
-            said[i] = text
-    return said
 
 
 # ---------------------------------------------------------------- images

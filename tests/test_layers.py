@@ -26,7 +26,7 @@ LAYERS = {
         {"numpy", "torch", "transformers", "tokenizers", "tqdm", "safetensors", "peft"},
     ),
     "knowledge": (
-        {"_hub", "_runtime"},
+        {"_hub", "_hub_causal", "_runtime"},
         {
             "numpy",
             "scipy",
@@ -40,6 +40,7 @@ LAYERS = {
             "rapidfuzz",
         },
     ),
+    "_hub_causal": ({"_hub", "_runtime"}, {"numpy", "torch", "transformers"}),
     "_data": (set(), {"numpy", "torch"}),
     "_targets": ({"nn"}, {"numpy", "torch", "sklearn"}),
     "_train": ({"_data", "_runtime", "nn"}, {"numpy", "torch"}),
@@ -47,7 +48,7 @@ LAYERS = {
     "_offsets": (set(), {"numpy", "pandas", "sklearn", "scipy"}),
     "rectifier": ({"_offsets", "_patterns", "_runtime"}, {"numpy", "pandas", "sklearn", "scipy"}),
     "modalities": (
-        {"_data", "_hub", "_patterns", "_runtime", "nn"},
+        {"_data", "_hub", "_hub_causal", "_patterns", "_runtime", "nn"},
         {"numpy", "pandas", "pyarrow", "sklearn", "scipy", "torch", "PIL"},
     ),
     "_handover": ({"_patterns"}, {"sklearn"}),
@@ -65,7 +66,7 @@ LAYERS = {
         {"numpy", "pandas", "sklearn", "torch"},
     ),
     "methods": (
-        {"_hub", "_runtime", "base", "knowledge", "modalities", "nn", "rectifier"},
+        {"_hub", "_hub_causal", "_runtime", "base", "knowledge", "modalities", "nn", "rectifier"},
         {"numpy", "pandas", "scipy", "sklearn", "torch", "xgboost", "imblearn"},
     ),
     "evaluation": (

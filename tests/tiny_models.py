@@ -130,15 +130,3 @@ def write_vit(folder, *, seed=0, hidden=16, pooler=True) -> str:
     }  # fmt: skip
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return str(folder)
-
-
-def write_llama(folder, *, seed=0, hidden=16, positions=64) -> str:
-    """A causal language model of two layers, as its authors save one: with its output head."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=len(_vocabulary()), hidden_size=hidden, num_hidden_layers=2,
-        num_attention_heads=2, intermediate_size=2 * hidden, max_position_embeddings=positions,
-        pad_token_id=0, bos_token_id=2, eos_token_id=3, initializer_range=0.3,
-    )  # fmt: skip
-    return _write(LlamaForCausalLM, config, folder, seed, positions, True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ehrfuse import _hub
+from ehrfuse import _hub, _hub_causal
 from ehrfuse.knowledge import _tables
 from ehrfuse.knowledge.linking import BOUND, NoteLinker, plain_form
 
@@ -173,7 +173,9 @@ def _asker(extractor, max_new_tokens):
         return extractor, None
     info = _hub.inspect_model(extractor)
     tag = f"{info.fingerprint} {max_new_tokens}"
-    return lambda prompts: _hub.continue_texts(prompts, info, max_new_tokens=max_new_tokens), tag
+    return lambda prompts: _hub_causal.continue_texts(
+        prompts, info, max_new_tokens=max_new_tokens
+    ), tag
 
 
 def _answers(texts, ask, max_retries, cache, tag):

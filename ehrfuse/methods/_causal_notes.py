@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ehrfuse import _hub
+from ehrfuse import _hub, _hub_causal
 from ehrfuse._runtime import check_option
 from ehrfuse.base import TorchClassifier
 from ehrfuse.modalities._prompt import Prompt
@@ -257,14 +257,11 @@ class CausalNoteClassifier(TorchClassifier):
     def _make_core(self, modalities, target):
         prompt = modalities["prompt"]
         info = prompt._info()
-        model = _hub.copy_causal(info)
+        model = _hub_causal.copy_causal(info)
         if self.lora_rank:
-            model.requires_grad_(False)
-            model = _hub.add_lora(
-                model, rank=self.lora_rank, alpha=self.lora_alpha, dropout=self.lora_dropout,
-                targets=self.lora_targets if isinstance(self.lora_targets, str)
-                else list(self.lora_targets),
-            )  # fmt: skip
+            _hub.add_lora(
+                model, self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets
+            )
         pad = _hub.open_tokenizer(info, prompt.length_)[1].pad
         reader = CausalReader(model, _hub.text_size(info))
         return CausalCore(
@@ -291,4 +288,6 @@ class CausalNoteClassifier(TorchClassifier):
         ]
         core = self.module_.eval()
         model = core.encoders["prompt"].model
-        return _hub.continue_ids(model, rows, prompt._tokenizer(), core.pad, self.max_rationale)
+        return _hub_causal.continue_ids(
+            model, rows, prompt._tokenizer(), core.pad, self.max_rationale
+        )

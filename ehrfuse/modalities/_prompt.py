@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ehrfuse import _hub
+from ehrfuse import _hub, _hub_causal
 from ehrfuse._data import Block
 from ehrfuse.modalities._base import Modality
 
@@ -70,7 +70,7 @@ class Prompt(Modality):
         rows = []
         for note, fact in zip(notes, facts, strict=True):
             fact = fact[: max(int(room * KNOWLEDGE_SHARE), room - len(note))]
-            note = _hub.cut_prompt(note, room - len(fact))
+            note = _hub_causal.cut_prompt(note, room - len(fact))
             rows.append([*start, *fixed[0], *fact, *fixed[1], *note, *fixed[2], *fixed[3]])
         ragged = {"ids": _flat(rows)}
         if self.teacher is not None:

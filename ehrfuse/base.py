@@ -197,8 +197,9 @@ class TorchEstimator(ProgressMixin, Handover, BaseEstimator):
         return None
 
     def _prepare(self, core, data, validation, seed):
-        """Before the first epoch: what the core measures of the training rows (into its buffers),
-        and what is computed once and read in every epoch; returns both sets, changed or not.
+        """Before the first epoch: measure the training rows, compute what stays the same.
+
+        What the core measures goes into its buffers. Returns both sets, changed or not.
         """
         return data, validation
 

@@ -173,6 +173,8 @@ class MEDFuseClassifier(TorchClassifier):
         Weights of the classes in the loss; probabilities shift with them.
     pretrained : MaskedLabPretrainer or None, default=None
         Fitted here on the training rows; see `ehrfuse.base.TorchEstimator`.
+    pretrained_lr_scale : float, default=0.1
+        Multiple of the learning rate for encoders that were taken over.
     freeze, max_epochs, batch_size, lr, weight_decay, patience : optional
         See `ehrfuse.base.TorchEstimator`.
     validation_fraction, groups, memory, amp, random_state, device, verbose : optional
@@ -253,6 +255,7 @@ class MEDFuseClassifier(TorchClassifier):
         dropout=0.2,
         class_weight=None,
         pretrained=None,
+        pretrained_lr_scale=0.1,
         freeze=(),
         max_epochs=10,
         batch_size="auto",
@@ -285,6 +288,7 @@ class MEDFuseClassifier(TorchClassifier):
         self.mi_steps = mi_steps
         self.guard_weight = guard_weight
         self.modality_dropout = modality_dropout
+        self.pretrained_lr_scale = pretrained_lr_scale
         self.cross_fit = cross_fit
         self.thresholds = thresholds
         self.dropout = dropout
@@ -297,7 +301,7 @@ class MEDFuseClassifier(TorchClassifier):
         for name in ("d_model", "n_members", "n_heads", "width", "lab_layers", "mi_steps"):
             check_scalar(getattr(self, name), name, Integral, min_val=1)
         check_scalar(self.n_layers, "n_layers", Integral, min_val=0)
-        for name in ("mi_weight", "guard_weight"):
+        for name in ("mi_weight", "guard_weight", "pretrained_lr_scale"):
             check_scalar(getattr(self, name), name, Real, min_val=0)
         for name in ("modality_dropout", "dropout"):
             check_scalar(
@@ -322,6 +326,12 @@ class MEDFuseClassifier(TorchClassifier):
         encoders = {name: m.make_encoder(self.d_model) for name, m in modalities.items()}
         is_text = [isinstance(m, Text | Embedding | NoteScores) for m in modalities.values()]
         return MEDFuseCore(encoders, is_text, target, self)
+
+    def _take_over(self, core):
+        super()._take_over(core)
+        for part in self.transferred_:
+            # A few labels would wash out at full steps what many rows have taught.
+            core.get_submodule(part).lr_scale = self.pretrained_lr_scale
 
     # ------------------------------------------------------------ fit
 

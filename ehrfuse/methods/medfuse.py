@@ -35,7 +35,7 @@ class MEDFuseCore(Core):
     """Encoders of both branches, the disentangled transformer, one hidden layer per member."""
 
     def __init__(self, encoders, is_text, target, p):
-        trunk = Disentangled(p.d_model, p.n_heads, p.n_layers, p.joint, p.dropout)
+        trunk = Disentangled(p.d_model, p.n_heads, p.n_layers, p.joint)
         width = len(trunk.parts) * p.d_model
         start = torch.from_numpy(target.start)
         heads = nn.Sequential(
@@ -168,11 +168,13 @@ class MEDFuseClassifier(TorchClassifier):
         "f1" chooses for every task the threshold of `predict` with the best F1 on the validation
         rows, or, without any, on out-of-fold predictions of three further fits. None is one half.
     dropout : float, default=0.2
-        In attention and in the last layers.
+        In the last layers.
     class_weight : dict, "balanced" or None, default=None
         Weights of the classes in the loss; probabilities shift with them.
     pretrained : MaskedLabPretrainer or None, default=None
         Fitted here on the training rows; see `ehrfuse.base.TorchEstimator`.
+    pretrained_lr_scale : float, default=0.1
+        Multiple of the learning rate for encoders that were taken over.
     freeze, max_epochs, batch_size, lr, weight_decay, patience : optional
         See `ehrfuse.base.TorchEstimator`.
     validation_fraction, groups, memory, amp, random_state, device, verbose : optional
@@ -253,6 +255,7 @@ class MEDFuseClassifier(TorchClassifier):
         dropout=0.2,
         class_weight=None,
         pretrained=None,
+        pretrained_lr_scale=0.1,
         freeze=(),
         max_epochs=10,
         batch_size="auto",
@@ -285,6 +288,7 @@ class MEDFuseClassifier(TorchClassifier):
         self.mi_steps = mi_steps
         self.guard_weight = guard_weight
         self.modality_dropout = modality_dropout
+        self.pretrained_lr_scale = pretrained_lr_scale
         self.cross_fit = cross_fit
         self.thresholds = thresholds
         self.dropout = dropout
@@ -297,7 +301,7 @@ class MEDFuseClassifier(TorchClassifier):
         for name in ("d_model", "n_members", "n_heads", "width", "lab_layers", "mi_steps"):
             check_scalar(getattr(self, name), name, Integral, min_val=1)
         check_scalar(self.n_layers, "n_layers", Integral, min_val=0)
-        for name in ("mi_weight", "guard_weight"):
+        for name in ("mi_weight", "guard_weight", "pretrained_lr_scale"):
             check_scalar(getattr(self, name), name, Real, min_val=0)
         for name in ("modality_dropout", "dropout"):
             check_scalar(
@@ -307,7 +311,8 @@ class MEDFuseClassifier(TorchClassifier):
             check_scalar(self.cross_fit, "cross_fit", Integral, min_val=2)
 
     def _fit_modalities(self, X, declared):
-        sizes = self.width, self.lab_layers, self.n_heads, self.dropout, self.use_time
+        # No dropout within attention: it leaves torch's fast path and costs three times the fit.
+        sizes = self.width, self.lab_layers, self.n_heads, 0.0, self.use_time
         wrapped = {
             name: lab_tokens(m, *sizes) if isinstance(m, Labs | Events) else m
             for name, m in declared.items()
@@ -321,6 +326,12 @@ class MEDFuseClassifier(TorchClassifier):
         encoders = {name: m.make_encoder(self.d_model) for name, m in modalities.items()}
         is_text = [isinstance(m, Text | Embedding | NoteScores) for m in modalities.values()]
         return MEDFuseCore(encoders, is_text, target, self)
+
+    def _take_over(self, core):
+        super()._take_over(core)
+        for part in self.transferred_:
+            # A few labels would wash out at full steps what many rows have taught.
+            core.get_submodule(part).lr_scale = self.pretrained_lr_scale
 
     # ------------------------------------------------------------ fit
 
@@ -447,7 +458,7 @@ class MEDFuseClassifier(TorchClassifier):
 
 
 def _same_sizes(name, ours, theirs):
-    """The modality that a pretrainer fitted, with our dropout; raise where its sizes are others."""
+    """The modality that a pretrainer fitted, without dropout; raise where its sizes are others."""
     sizes = ("width", "n_layers", "n_heads", "use_time")
     here, there = ({key: getattr(m, key) for key in sizes} for m in (ours, theirs))
     if here != there:

@@ -54,10 +54,10 @@ class CrossBlock(nn.Module):
     is empty gives finite numbers.
     """
 
-    def __init__(self, d_model: int, n_heads: int, d_hidden: int, dropout: float = 0.0) -> None:
+    def __init__(self, d_model: int, n_heads: int, d_hidden: int) -> None:
         super().__init__()
         check_heads(d_model, n_heads)
-        self.n_heads, self.dropout = n_heads, dropout
+        self.n_heads = n_heads
         self.norm_query, self.norm_memory = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
         self.norm_hidden = nn.LayerNorm(d_model)
         self.query, self.out = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)
@@ -73,10 +73,9 @@ class CrossBlock(nn.Module):
         pair = self.key_value(self.norm_memory(memory)).view(b, -1, 2, self.n_heads, size)
         k, v = (part.transpose(1, 2) for part in pair.unbind(2))
         keys = (mask | ~mask.any(1, keepdim=True))[:, None, None, :]
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=keys, dropout_p=dropout)
-        x = x + F.dropout(self.out(y.transpose(1, 2).reshape(b, n, d)), dropout, self.training)
-        return x + F.dropout(self.hidden(self.norm_hidden(x)), dropout, self.training)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
+        x = x + self.out(y.transpose(1, 2).reshape(b, n, d))
+        return x + self.hidden(self.norm_hidden(x))
 
 
 def check_heads(d_model: int, n_heads: int) -> None:

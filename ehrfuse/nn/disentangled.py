@@ -68,15 +68,13 @@ class Disentangled(nn.Module):
     NOTE[DIFF] A branch that a row lacks is one learned token; the paper needs both.
     """
 
-    def __init__(
-        self, d_model: int, n_heads: int, n_layers: int, joint: str, dropout: float
-    ) -> None:
+    def __init__(self, d_model: int, n_heads: int, n_layers: int, joint: str) -> None:
         super().__init__()
         self.joint, self.d_model = joint, d_model
         self.null = nn.Parameter(torch.randn(2, d_model) * 0.02)
         self.n_layers = n_layers
         self.own = nn.ModuleList(
-            TransformerBlock(d_model, n_heads, 2 * d_model, dropout) for _ in range(2 * n_layers)
+            TransformerBlock(d_model, n_heads, 2 * d_model) for _ in range(2 * n_layers)
         )
         self.specific = nn.ModuleList(nn.Linear(d_model, d_model) for _ in range(2))
         if joint != "none":
@@ -84,7 +82,7 @@ class Disentangled(nn.Module):
             self.project = nn.ModuleList(
                 nn.Sequential(nn.LayerNorm(d_model), nn.Linear(d_model, width)) for _ in range(2)
             )
-            self.shared = CrossBlock(d_model, n_heads, 2 * d_model, dropout)
+            self.shared = CrossBlock(d_model, n_heads, 2 * d_model)
             # Not their mean: of an outer product that would leave one factor's mean.
             n_queries = d_model if joint == "kron" else RANK
             self.read = nn.Linear(n_queries * d_model, d_model)

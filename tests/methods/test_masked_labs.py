@@ -380,6 +380,18 @@ def test_pretraining_elsewhere_is_frozen_in(cohort):
     assert clf.pretrained_.module_ is donor.module_
 
 
+def test_what_was_pretrained_takes_smaller_steps(cohort):
+    modalities = {"labs": cohort.modalities["labs"]}
+    clf = MEDFuseClassifier(
+        modalities, pretrained=MaskedLabPretrainer(max_epochs=1), max_epochs=1, random_state=0
+    ).fit(cohort.X, cohort.y)
+    own = {id(p) for p in clf.module_.encoders.parameters()}
+    groups = clf.module_.param_groups(1.0, 0.0)
+    rates = {g["lr"] for g in groups for p in g["params"] if id(p) in own}
+    assert rates == {0.1}
+    assert {g["lr"] for g in groups} == {0.1, 1.0}
+
+
 def test_other_sizes_are_named(cohort):
     modalities = {"labs": cohort.modalities["labs"]}
     clf = MEDFuseClassifier(modalities, pretrained=MaskedLabPretrainer(**SMALL), lab_layers=4)

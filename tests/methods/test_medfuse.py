@@ -160,7 +160,7 @@ def test_guard_keeps_the_shared_part_alive():
 @pytest.mark.parametrize("joint", ["kron", "lowrank", "none"])
 def test_shapes_and_rows_without_a_branch(joint):
     torch.manual_seed(0)
-    trunk = Disentangled(8, 2, 1, joint, 0.0).eval()
+    trunk = Disentangled(8, 2, 1, joint).eval()
     a, b = torch.randn(4, 3, 8), torch.randn(4, 5, 8)
     a_mask, b_mask = torch.ones(4, 3, dtype=torch.bool), torch.ones(4, 5, dtype=torch.bool)
     a_mask[0], b_mask[1] = False, False
@@ -176,7 +176,7 @@ def test_shapes_and_rows_without_a_branch(joint):
 
 
 def test_kronecker_query_is_the_outer_product():
-    trunk = Disentangled(8, 2, 1, "kron", 0.0).eval()
+    trunk = Disentangled(8, 2, 1, "kron").eval()
     seen = []
     trunk.shared.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     a, b = torch.randn(2, 1, 8), torch.randn(2, 1, 8)

@@ -78,6 +78,7 @@ def test_multimodal_checks(estimator, check, cohort, tmp_path):
 def test_every_public_estimator_is_covered():
     covered = {type(estimator).__name__ for estimator in estimators()}
     others = {
+        "ClinicalScoreClassifier",
         "EventSummary",
         "EventsToVisits",
         "KnowledgeAugmentedRiskModel",

@@ -142,7 +142,18 @@ class Events(Modality):
         }
 
     def make_summary_encoder(self, d_model, n_members=1):
-        """Build the encoder of the summary, `values` (b, p) to one token; None without one."""
+        """Build the encoder of the summary alone.
+
+        Parameters
+        ----------
+        d_model : int
+        n_members : int, default=1
+
+        Returns
+        -------
+        encoder : Module or None
+            From `values` (b, p) to one token; None where `summary` is off.
+        """
         if not self.summary:
             return None
         return TableEncoder(

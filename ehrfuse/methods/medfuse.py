@@ -173,9 +173,12 @@ class MEDFuseClassifier(TorchClassifier):
         Weights of the classes in the loss; probabilities shift with them.
     pretrained : MaskedLabPretrainer or None, default=None
         Fitted here on the training rows; see `ehrfuse.base.TorchEstimator`.
-    pretrained_lr_scale : float, default=0.1
+    pretrained_lr_scale : float, default=0.2
         Multiple of the learning rate for encoders that were taken over.
-    freeze, max_epochs, batch_size, lr, weight_decay, patience : optional
+    batch_size : int or "auto", default=24
+        Attention needs more steps than the other networks here; "auto" is a twelfth of the training
+        rows, at least 16 and at most 256.
+    freeze, max_epochs, lr, weight_decay, patience : optional
         See `ehrfuse.base.TorchEstimator`.
     validation_fraction, groups, memory, amp, random_state, device, verbose : optional
         See `ehrfuse.base.TorchEstimator`.
@@ -255,10 +258,10 @@ class MEDFuseClassifier(TorchClassifier):
         dropout=0.2,
         class_weight=None,
         pretrained=None,
-        pretrained_lr_scale=0.1,
+        pretrained_lr_scale=0.2,
         freeze=(),
         max_epochs=10,
-        batch_size="auto",
+        batch_size=24,
         lr=2e-3,
         weight_decay=1.0,
         patience=None,

@@ -388,8 +388,8 @@ def test_what_was_pretrained_takes_smaller_steps(cohort):
     own = {id(p) for p in clf.module_.encoders.parameters()}
     groups = clf.module_.param_groups(1.0, 0.0)
     rates = {g["lr"] for g in groups for p in g["params"] if id(p) in own}
-    assert rates == {0.1}
-    assert {g["lr"] for g in groups} == {0.1, 1.0}
+    assert rates == {0.2}
+    assert {g["lr"] for g in groups} == {0.2, 1.0}
 
 
 def test_other_sizes_are_named(cohort):

@@ -2,11 +2,19 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from ehrfuse.nn.losses import focal_bce, info_nce, masked_mse, weighted_loss
+from ehrfuse.nn.losses import (
+    clip_loss,
+    focal_bce,
+    info_nce,
+    masked_mse,
+    siglip_loss,
+    weighted_loss,
+)
 
 
 def test_weighted_loss_ignores_what_weighs_nothing():
@@ -70,3 +78,57 @@ def test_focal_is_cross_entropy_at_gamma_zero_and_less_where_sure():
     torch.testing.assert_close(focal_bce(logits, y, 0.0), plain)
     p = torch.exp(-plain)
     torch.testing.assert_close(focal_bce(logits, y, 2.0), plain * (1 - p) ** 2)
+
+
+def plain_clip(a, b, scale, groups, same_group):
+    """The whole matrix of logits, as in the paper."""
+    logits = scale * a @ b.t()
+    same, own = groups[:, None] == groups, torch.eye(len(a), dtype=torch.bool)
+    if same_group == "ignore":
+        logits, same = logits.masked_fill(same & ~own, -torch.inf), own
+    target = same.double() / same.sum(1, keepdim=True)
+    right = (torch.where(same, logits, 0.0) * target).sum(1)
+    return ((logits.logsumexp(1) - right).mean() + (logits.logsumexp(0) - right).mean()) / 2
+
+
+@pytest.mark.parametrize("scale", [5.0, 70.0])
+@pytest.mark.parametrize("same_group", ["positive", "ignore"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_clip_loss_in_pieces_is_the_whole(scale, same_group, size):
+    results = []
+    for loss in (plain_clip, lambda *args: clip_loss(*args, chunk=7)):
+        torch.manual_seed(0)
+        a, b = (torch.randn(40, 6).double().requires_grad_() for _ in range(2))
+        s = torch.tensor(scale).double().requires_grad_()
+        value = loss(F.normalize(a, dim=1), F.normalize(b, dim=1), s,
+                     torch.arange(40) // size, same_group)  # fmt: skip
+        value.backward()
+        results.append((value.detach(), a.grad, b.grad, s.grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-10)
+
+
+def test_clip_loss_closed_forms():
+    unit = torch.eye(8)
+    assert float(clip_loss(unit, unit, torch.tensor(100.0))) == pytest.approx(0, abs=1e-6)
+    equal = torch.ones(8, 4) / 2
+    assert float(clip_loss(equal, equal, torch.tensor(14.0))) == pytest.approx(np.log(8), abs=1e-5)
+    a, b = (F.normalize(torch.randn(9, 4), dim=1) for _ in range(2))
+    t = torch.tensor(9.0)
+    torch.testing.assert_close(clip_loss(a, b, t), clip_loss(b, a, t))
+    two = F.normalize(torch.tensor([[1.0, 0.0], [0.6, 0.8]]), dim=1)
+    # By hand: logits [[1, .6], [.6, 1]], so every row and column is log(1 + exp(-.4)).
+    expected = np.log1p(np.exp(-0.4))
+    assert float(clip_loss(two, two, torch.tensor(1.0))) == pytest.approx(expected, abs=1e-6)
+    assert float(clip_loss(unit[:1], unit[:1], torch.tensor(1.0))) == 0
+
+
+def test_siglip_loss():
+    a, b = (F.normalize(torch.randn(5, 3), dim=1) for _ in range(2))
+    t, bias = torch.tensor(3.0), torch.tensor(-2.0)
+    sign = 2 * torch.eye(5) - 1
+    expected = -F.logsigmoid(sign * (t * a @ b.t() + bias)).sum() / 5
+    torch.testing.assert_close(siglip_loss(a, b, t, bias), expected)
+    together = torch.zeros(5, dtype=torch.long)
+    alone = siglip_loss(a, b, t, bias, together, "ignore")
+    torch.testing.assert_close(alone, -F.logsigmoid(t * (a * b).sum(1) + bias).mean())

@@ -158,7 +158,7 @@ class MEDFuseClassifier(TorchClassifier):
         Steps of the bound's own net per step.
     guard_weight : float, default=0.1
         Weight of the guard against a constant shared part.
-    modality_dropout : float, default=0.1
+    modality_dropout : float, default=0.05
         Share of the rows with both branches of which training hides one.
     cross_fit : int or None, default=None
         None trains all parts together. A number of folds fits a text model first, and the fusion
@@ -252,7 +252,7 @@ class MEDFuseClassifier(TorchClassifier):
         mi_weight=0.1,
         mi_steps=3,
         guard_weight=0.1,
-        modality_dropout=0.1,
+        modality_dropout=0.05,
         cross_fit=None,
         thresholds=None,
         dropout=0.2,

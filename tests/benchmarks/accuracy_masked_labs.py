@@ -405,12 +405,16 @@ class _Flags(ClassifierMixin, BaseEstimator):
 
     def _with_flags(self, X):
         flags = X.isna().astype(float).add_suffix("__missing")
-        return pd.concat([X, flags], axis=1)
+        whole = pd.concat([X, flags], axis=1)
+        return whole[self.columns_] if hasattr(self, "columns_") else whole
 
     def fit(self, X, y):
-        """Fit the trees."""
+        """Fit the trees to the columns that vary: few rows lack whole analytes."""
+        vars(self).pop("columns_", None)
         self.classes_ = np.unique(y)
-        self.model_ = clone(self.estimator).fit(self._with_flags(X), y)
+        whole = self._with_flags(X)
+        self.columns_ = list(whole.columns[whole.nunique() > 1])
+        self.model_ = clone(self.estimator).fit(whole[self.columns_], y)
         return self
 
     def predict_proba(self, X):

@@ -176,7 +176,7 @@ class TaskTarget:
 
     def encode(self, y):
         """Float32 (n, k) of 0, 1 and NaN."""
-        y = _by_name(y, self.task_names)
+        y = by_name(y, self.task_names)
         try:
             y = np.asarray(
                 y.to_numpy(dtype="float64", na_value=np.nan) if hasattr(y, "columns") else y
@@ -252,7 +252,7 @@ class ValueTarget:
 
     def encode(self, y):
         """Standardised float32 (n, k)."""
-        y = _by_name(y, self.task_names) if self.task_names else y
+        y = by_name(y, self.task_names)
         return ((self._numbers(y) - self.center) / self.scale).astype("float32")
 
     def relearn(self, y: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -279,9 +279,9 @@ class ValueTarget:
         return None
 
 
-def _by_name(y, names):
+def by_name(y, names):
     """A frame of outcomes in the order of fit, whatever order its columns come in."""
-    if not hasattr(y, "columns"):
+    if names is None or not hasattr(y, "columns"):
         return y
     found = [str(name) for name in y.columns]
     if found == names:

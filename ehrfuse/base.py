@@ -34,7 +34,7 @@ from ehrfuse._handover import Handover
 from ehrfuse._patterns import modality_columns
 from ehrfuse._progress import ProgressMixin, with_progress
 from ehrfuse._runtime import default_device, resolve_device, seeded
-from ehrfuse._targets import ValueTarget, classification_target
+from ehrfuse._targets import ValueTarget, by_name, classification_target
 from ehrfuse._train import evaluate, predict, train
 from ehrfuse.modalities import Modality, Tabular
 
@@ -455,6 +455,9 @@ class TorchEstimator(ProgressMixin, Handover, BaseEstimator):
         groups = None
         if self.groups is not None and self.groups in X.columns:
             groups = pd.factorize(X[self.groups])[0].astype("int64")
+            # Rows whose patient is not told are patients of their own, not one and the same.
+            nobody = groups < 0
+            groups[nobody] = groups.max(initial=-1) + 1 + np.arange(nobody.sum())
         return Data(blocks, np.arange(len(X)) if rows is None else rows, y, weight, groups)
 
     # ------------------------------------------------------------ predict
@@ -605,6 +608,22 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
         check_is_fitted(self)
         return self.target_.decide(self.predict_proba(X))
 
+    def score(self, X, y, sample_weight=None):
+        """Accuracy; outcomes of a frame are matched by name.
+
+        Parameters
+        ----------
+        X : DataFrame of shape (n_samples, n_columns), or array if `modalities` is None
+        y : as in `fit`
+        sample_weight : array of shape (n_samples,), optional
+
+        Returns
+        -------
+        score : float
+        """
+        check_is_fitted(self)
+        return super().score(X, by_name(y, self.target_.task_names), sample_weight)
+
     def __sklearn_tags__(self):
         """Tags: several yes-or-no outcomes are welcome."""
         tags = super().__sklearn_tags__()
@@ -650,6 +669,22 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
         """
         check_is_fitted(self)
         return self.target_.values(self._predict(X))
+
+    def score(self, X, y, sample_weight=None):
+        """Coefficient of determination; outcomes of a frame are matched by name.
+
+        Parameters
+        ----------
+        X : DataFrame of shape (n_samples, n_columns), or array if `modalities` is None
+        y : as in `fit`
+        sample_weight : array of shape (n_samples,), optional
+
+        Returns
+        -------
+        score : float
+        """
+        check_is_fitted(self)
+        return super().score(X, by_name(y, self.target_.task_names), sample_weight)
 
 
 class TorchEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstimator):

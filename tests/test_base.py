@@ -532,3 +532,19 @@ def test_device_reaches_frozen_models(cohort, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     clf.fit(cohort.X.head(40), cohort.y[:40]).predict_proba(cohort.X.tail(10))
     assert set(seen) == {"cpu"}
+
+
+def test_scores_match_outcomes_by_name(cohort, modalities):
+    y = pd.DataFrame({"a": cohort.X["age"], "b": -cohort.X["age"]}).fillna(0.0)
+    reg = FusionRegressor(modalities, **FAST).fit(cohort.X, y)
+    assert reg.score(cohort.X, y[["b", "a"]]) == reg.score(cohort.X, y)
+    tasks = pd.DataFrame({"a": cohort.y, "b": 1 - cohort.y})
+    clf = FusionClassifier(modalities, **FAST).fit(cohort.X, tasks)
+    assert clf.score(cohort.X, tasks[["b", "a"]]) == clf.score(cohort.X, tasks)
+
+
+def test_rows_whose_patient_is_not_told_are_patients_of_their_own(cohort, modalities):
+    clf = FusionClassifier(modalities, groups="subject_id", **FAST).fit(cohort.X, cohort.y)
+    X = cohort.X.assign(subject_id=np.nan)
+    groups = clf._data(clf._frame(X, reset=False)).groups
+    assert len(np.unique(groups)) == len(X)

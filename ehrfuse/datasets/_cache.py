@@ -34,6 +34,11 @@ class Kept:
         self.path = None
         if folder is None:
             return
+        if any(isinstance(p, str) for p in source.tables.files.values()):
+            raise ValueError(
+                "cache= keeps what was made from files; with a warehouse connection leave it out, "
+                "or convert the tables with to_parquet first."
+            )
         digest = hashlib.blake2b(digest_size=20)
         for name, path in sorted(source.tables.files.items()):
             for one in path if isinstance(path, list) else [path]:

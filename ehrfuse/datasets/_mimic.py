@@ -133,6 +133,9 @@ class Mimic(Source):
         ends = self.patients.set_index("subject_id")["dod"] + pd.Timedelta(days=1)
         registered = adm["subject_id"].map(ends)  # a date: some time before the end of that day
         died = adm["deathtime"].fillna(adm["dischtime"].where(adm["died"] == 1))
+        # Nobody dies in hospital after leaving it: a later time of death is a slip of the clock.
+        late = (adm["died"] == 1) & (died > adm["dischtime"])
+        died = died.mask(late, adm["dischtime"])
         adm["death"] = died.fillna(registered)
         adm["since"] = adm[["admittime", "edregtime"]].min(axis=1)
         coming = adm[["subject_id", "admittime"]]
@@ -326,11 +329,18 @@ class Mimic(Source):
         return visits(rows, past, codes, numbers)
 
     def _past(self, rows):
-        """A line per row and admission that had ended by the landmark."""
+        """A line per row and admission that had ended by the landmark, never the row's own.
+
+        A discharge may be recorded before the patient leaves the unit; only a row that stands for
+        the discharge itself sees the codes of its own admission.
+        """
         adm = self.admissions.rename(columns={"hadm_id": "id"})
         keys = rows.keys[["row", "key", "landmark"]]
         past = keys.merge(adm, left_on="key", right_on="subject_id")
         past = past[past["dischtime"] <= past["landmark"]].copy()
+        if rows.unit != "discharge":
+            own = rows.frame["admission"].to_numpy()[past["row"]]
+            past = past[past["id"].to_numpy() != own].copy()
         day = pd.Timedelta(days=1)
         past["time"] = (past["dischtime"] - past["landmark"]) / day
         past["length_of_stay"] = (past["dischtime"] - past["admittime"]) / day

@@ -37,7 +37,7 @@ respchartentryoffset BIGINT?, respchartvaluelabel VARCHAR, respchartvalue VARCHA
 intakeoutput: patientunitstayid BIGINT, intakeoutputoffset BIGINT, \
 intakeoutputentryoffset BIGINT?, cellpath VARCHAR, cellvaluenumeric DOUBLE
 medication: patientunitstayid BIGINT, drugorderoffset BIGINT, drugstartoffset BIGINT, \
-drugordercancelled VARCHAR?, drugname VARCHAR?
+drugname VARCHAR?
 infusiondrug: patientunitstayid BIGINT, infusionoffset BIGINT, drugname VARCHAR
 note: patientunitstayid BIGINT, noteoffset BIGINT, noteenteredoffset BIGINT?, notepath VARCHAR
 physicalexam: patientunitstayid BIGINT, physicalexamoffset BIGINT, physicalexampath VARCHAR
@@ -134,6 +134,7 @@ def load_eicu(
 
     Notes
     -----
+    * Drug orders count from the order on, cancelled ones too: when they were cancelled is not told.
     * A row counts when it was entered, where the table says so, and not before its own offset.
       Discharge fields and severity scores (``apachePatientResult``) are never read as inputs.
     * The text joins charted phrases of notes, examinations, history, treatments, diagnoses and
@@ -340,8 +341,7 @@ class Eicu(Source):
         if self.tables.has("medication"):
             parts.append(f"""SELECT patientunitstayid AS key, drugstartoffset AS time,
                 GREATEST(drugstartoffset, drugorderoffset) AS known, LOWER(TRIM(drugname)) AS name
-                FROM {self.tables.table("medication")} t
-                WHERE COALESCE(drugordercancelled, 'No') <> 'Yes'""")
+                FROM {self.tables.table("medication")} t""")
         if self.tables.has("infusiondrug"):
             parts.append(f"""SELECT patientunitstayid AS key, infusionoffset AS time,
                 infusionoffset AS known, LOWER(TRIM(drugname)) AS name

@@ -259,6 +259,8 @@ class Meds(Mimic):
             .map(self.patients.set_index("subject_id")["dod"])
             .fillna(adm["dischtime"].where(adm["died"] == 1))
         )
+        late = (adm["died"] == 1) & (adm["death"] > adm["dischtime"])
+        adm["death"] = adm["death"].mask(late, adm["dischtime"])
         return adm
 
     def _age(self, frame):

@@ -1,5 +1,6 @@
 """MIMIC-IV with its modules hosp, icu, note, ed and the films of MIMIC-CXR."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -161,8 +162,10 @@ class Mimic4(Mimic):
         """See `Source.options`."""
         if self.embeddings is None:
             return ()
-        hashed = pd.util.hash_array(self.embeddings.index.to_numpy(dtype=object)).sum()
-        return int(hashed), float(np.abs(np.stack(self.embeddings.to_numpy())).sum())
+        known = self.embeddings.sort_index()
+        digest = hashlib.blake2b(repr(known.index.tolist()).encode(), digest_size=16)
+        digest.update(np.stack(known.to_numpy()).tobytes())
+        return digest.hexdigest()
 
     def _age(self, frame):
         people = self.patients.set_index("subject_id").reindex(frame["subject_id"])

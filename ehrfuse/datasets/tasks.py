@@ -119,7 +119,7 @@ def _still_there(unit, hours):
     where = {"icu": "in the unit", "admission": "in hospital"}[unit]
     return (
         f"alive and {where} at {hours:g} hours",
-        lambda c: (c[end] >= hours) & ~(c["death"] <= hours),
+        lambda c: (c[end] >= hours) & ~(c["hospital_out"] <= hours) & ~(c["death"] <= hours),
     )
 
 
@@ -490,6 +490,13 @@ def resolve(task, defaults=None):
             f"The tasks are predicted at different times ({told}); one row has one prediction "
             "time: give all tasks the same unit and hours."
         )
+    names = [one.name for one in tasks]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"Several tasks have the name {twice[0]!r}, and labels go by name; rename one: "
+            "dataclasses.replace(task, name=...)."
+        )
     return tasks
 
 
@@ -542,7 +549,7 @@ def _flow(candidates, steps):
     lines = []
     for task, words, kept in steps:
         rows, patients = int(kept.sum()), int(candidates.loc[kept, "subject"].nunique())
-        new = not lines or lines[-1]["task"] != task
+        new = words.startswith("all units: ")  # the first step of a task
         lost = 0 if new else lines[-1]["rows"] - rows
         lines.append(
             {"task": task, "step": words, "excluded": lost, "rows": rows, "patients": patients}

@@ -33,9 +33,10 @@ class AttentionChangeDisplay:
     --------
     >>> import numpy as np
     >>> from ehrfuse.evaluation import AttentionChangeDisplay
-    >>> display = AttentionChangeDisplay.from_importances([0.5, 0.5], [0.2, 0.8], ["age", "bun"])
+    >>> before, after = [0.5, 0.3, 0.2], [0.1, 0.6, 0.3]
+    >>> display = AttentionChangeDisplay.from_importances(before, after, ["age", "bun", "wbc"])
     >>> display.table["change"].round(1).to_dict()
-    {'age': -0.3, 'bun': 0.3}
+    {'age': -0.4, 'bun': 0.3, 'wbc': 0.1}
     """
 
     def __init__(self, table, *, labels=("before", "after")):

@@ -1,5 +1,7 @@
 """Tasks: labels and rules on candidates that can be read at a glance, and the flow table."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,10 +13,12 @@ from ehrfuse.datasets import (
     in_hospital_mortality,
     later_icu_stay,
     length_of_stay,
+    mimic4,
     mortality_post_discharge,
     phenotyping,
     readmission_30d,
 )
+from ehrfuse.datasets._cohort import Rows
 from ehrfuse.datasets.tasks import READY, resolve, select
 
 NAN = float("nan")
@@ -171,3 +175,32 @@ def test_bad_tasks():
         length_of_stay(hours=-1)
     with pytest.raises(ValueError, match="made at discharge"):
         Task("x", "discharge", 24, len)
+
+
+def test_a_stay_that_outlasts_its_discharge_does_not_see_its_own_codes(shared_data):
+    """Discharge recorded before the patient leaves the unit: the admission is not past yet."""
+    with mimic4.open_tables(shared_data / "mimic-iv-demo-2.2", mimic4.SCHEMA, None, 1) as tables:
+        source = mimic4.Mimic4(tables)
+        candidates = source.candidates("icu")
+        early = (candidates["hospital_out"] < candidates["icu_out"]).to_numpy()
+        assert early.sum() > 10
+        for hours in (24, 48, 72):
+            rows = Rows(source, candidates.reset_index(drop=True), "icu", hours)
+            past = source._past(rows)
+            own = rows.frame["admission"].to_numpy()[past["row"]]
+            assert not (past["id"].to_numpy() == own).any()
+
+
+def test_nobody_dies_in_hospital_after_leaving_it(shared_data):
+    with mimic4.open_tables(shared_data / "mimic-iv-demo-2.2", mimic4.SCHEMA, None, 1) as tables:
+        dead = mimic4.Mimic4(tables).candidates("icu").query("died_in_hospital == 1")
+    assert len(dead) > 10
+    assert (dead["death"] <= dead["hospital_out"]).all()
+
+
+def test_two_windows_of_one_task_need_names_of_their_own():
+    pair = [readmission_30d(30), readmission_30d(7)]
+    with pytest.raises(ValueError, match="Several tasks have the name 'readmission_30d'"):
+        resolve(pair)
+    other = dataclasses.replace(pair[1], name="readmission_7d")
+    assert [task.name for task in resolve([pair[0], other])] == ["readmission_30d", other.name]

@@ -306,6 +306,6 @@ def test_extraction_by_a_local_model_is_cached(tmp_path, monkeypatch):
     def refuse(*args, **options):
         raise AssertionError("asked again")
 
-    monkeypatch.setattr(_corpus._hub, "continue_texts", refuse)
+    monkeypatch.setattr(_corpus._hub_causal, "continue_texts", refuse)
     with pytest.warns(UserWarning, match="2 of 2 abstracts"):
         KnowledgeGraph.from_corpus(frame, **options)

@@ -179,7 +179,7 @@ def test_bad_tasks():
 
 def test_a_stay_that_outlasts_its_discharge_does_not_see_its_own_codes(shared_data):
     """Discharge recorded before the patient leaves the unit: the admission is not past yet."""
-    with mimic4.open_tables(shared_data / "mimic-iv-demo-2.2", mimic4.SCHEMA, None, 1) as tables:
+    with mimic4.open_tables(shared_data / "mimic-iv-demo-2.2", mimic4.SCHEMA, "512MB", 1) as tables:
         source = mimic4.Mimic4(tables)
         candidates = source.candidates("icu")
         early = (candidates["hospital_out"] < candidates["icu_out"]).to_numpy()
@@ -192,7 +192,7 @@ def test_a_stay_that_outlasts_its_discharge_does_not_see_its_own_codes(shared_da
 
 
 def test_nobody_dies_in_hospital_after_leaving_it(shared_data):
-    with mimic4.open_tables(shared_data / "mimic-iv-demo-2.2", mimic4.SCHEMA, None, 1) as tables:
+    with mimic4.open_tables(shared_data / "mimic-iv-demo-2.2", mimic4.SCHEMA, "512MB", 1) as tables:
         dead = mimic4.Mimic4(tables).candidates("icu").query("died_in_hospital == 1")
     assert len(dead) > 10
     assert (dead["death"] <= dead["hospital_out"]).all()

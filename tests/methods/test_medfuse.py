@@ -147,7 +147,7 @@ def test_guard_keeps_the_shared_part_alive():
     fallen = {}
     for guard in (0.0, 3.0):
         model = MEDFuseClassifier(
-            declared(), mi_weight=3.0, guard_weight=guard, max_epochs=8, **SMALL
+            declared(), mi_weight=3.0, guard_weight=guard, max_epochs=20, **SMALL
         ).fit(X, y)
         parts = model.module_.eval()._parts(model._data(X).batch(np.arange(100)))
         fallen[guard] = float(collapse(parts["shared"].detach()))

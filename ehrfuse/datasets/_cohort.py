@@ -17,7 +17,7 @@ from ehrfuse._runtime import check_option
 from ehrfuse.datasets import vocabulary
 from ehrfuse.datasets._cache import Kept
 from ehrfuse.datasets._engine import events_series, records_series
-from ehrfuse.datasets.tasks import resolve, select
+from ehrfuse.datasets.tasks import READY, resolve, select
 
 MAX_VISITS = 50  # the latest ones; estimators read 64 at most
 _COUNTS = "k.since <= e.time AND e.time <= k.landmark AND e.known <= k.landmark"
@@ -42,7 +42,13 @@ def build(source, task, labs="events", cache=None):
     check_option(labs, "labs", ("events", "values"))
     tasks = resolve(task, source.defaults)
     unit, hours = tasks[0].unit, tasks[0].hours
-    check_option(unit, "the task's unit", source.units)
+    if unit not in source.units:
+        ready = {name: make(**source.defaults.get(name, {})) for name, make in READY.items()}
+        known = ", ".join(name for name, one in ready.items() if one.unit in source.units)
+        raise ValueError(
+            f"{type(source).__name__} has rows of {' and '.join(source.units)} only, and "
+            f"{tasks[0].name!r} needs rows of {unit!r}; ready tasks that it can give: {known}."
+        )
     candidates = source.candidates(unit, codes=any(task.codes for task in tasks))
     chosen, y, flow = select(candidates, tasks)
     if not chosen.any():

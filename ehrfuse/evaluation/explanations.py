@@ -82,7 +82,8 @@ def _reader(estimator, output):
     """Function of a frame to one number per row."""
     proba = hasattr(estimator, "predict_proba")
     ask = estimator.predict_proba if proba else estimator.predict
-    names = list(getattr(estimator, "target_names_", getattr(estimator, "classes_", [])))
+    names = getattr(estimator, "target_names_", getattr(estimator, "classes_", []))
+    names = np.asarray(names).tolist()  # plain numbers read better in a message
 
     def read(X):
         out = np.asarray(ask(X))

@@ -151,7 +151,7 @@ def bootstrap_scores(
         Probabilities of held-out rows, as `predict_proba` gives them.
     groups : array-like of shape (n_samples,), default=None
         Patient of every row; patients are resampled whole. None takes every row for a patient.
-    metrics : sequence of {"auroc", "auprc", "brier", "log_loss"}, \
+    metrics : str or sequence of {"auroc", "auprc", "brier", "log_loss"}, \
             default=("auroc", "auprc", "brier")
     n_resamples : int, default=2000
     confidence : float, default=0.95
@@ -187,6 +187,7 @@ def bootstrap_scores(
     >>> bootstrap_scores(died, risk, random_state=0)["estimate"].round(3).to_dict()
     {'auroc': 0.889, 'auprc': 0.917, 'brier': 0.125}
     """
+    metrics = [metrics] if isinstance(metrics, str) else list(metrics)
     _check_settings(metrics, n_resamples, confidence)
     tasks = check_labels(y)
     proba = check_proba(proba, tasks)
@@ -318,7 +319,7 @@ def score_by_pattern(
         The same rows, from which the patterns are read.
     modalities : dict of str to modality, str or list of str
         Columns of every modality; a modality is present where any of its cells is not null.
-    metrics : sequence of {"auroc", "auprc", "brier", "log_loss"}, \
+    metrics : str or sequence of {"auroc", "auprc", "brier", "log_loss"}, \
             default=("auroc", "auprc", "brier")
     groups : str or array-like of shape (n_samples,), default=None
         Patient of every row, or the column of X that holds it.
@@ -354,6 +355,7 @@ def score_by_pattern(
     0  gas+note  4   0.5             0.50    1.0
     1      note  2   0.5             0.35    0.0
     """
+    metrics = [metrics] if isinstance(metrics, str) else list(metrics)
     _check_settings(metrics, n_resamples, confidence)
     tasks = check_labels(y)
     proba = check_proba(proba, tasks)

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import brentq
+from scipy.special import expit, logit
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.compose import ColumnTransformer
 from sklearn.decomposition import TruncatedSVD
@@ -391,7 +393,11 @@ def _filled():
 
 
 class Calibrator:
-    """Map of held-out probabilities to rates: Platt's slope and intercept, or isotonic."""
+    """Map of held-out probabilities to rates: Platt's slope and intercept, or isotonic.
+
+    Where held-out rows ask for a slope below zero (a constant model does, since every fold predicts
+    the rate of the others) the order is kept and the log-odds are shifted to the observed rate.
+    """
 
     def __init__(self, kind):
         self.kind = kind
@@ -409,8 +415,7 @@ class Calibrator:
                 fitted = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip")
                 self.maps.append(fitted.fit(proba[:, j], hit))
             else:
-                p = np.clip(proba[:, [j]], EDGE, 1 - EDGE)
-                self.maps.append(LogisticRegression(C=1e3).fit(np.log(p / (1 - p)), hit))
+                self.maps.append(_platt(_log_odds(proba[:, j]), hit))
         return self
 
     def apply(self, proba):
@@ -426,8 +431,21 @@ class Calibrator:
     def _one(self, fitted, p):
         if self.kind == "isotonic":
             return fitted.predict(p)
-        p = np.clip(p, EDGE, 1 - EDGE)
-        return fitted.predict_proba(np.log(p / (1 - p))[:, None])[:, 1]
+        slope, intercept = fitted
+        return expit(slope * _log_odds(p) + intercept)
+
+
+def _log_odds(p):
+    return logit(np.clip(p, EDGE, 1 - EDGE))
+
+
+def _platt(odds, hit):
+    """Slope, never below zero, and intercept."""
+    fitted = LogisticRegression(C=1e3).fit(odds[:, None], hit)
+    slope, intercept = float(fitted.coef_[0, 0]), float(fitted.intercept_[0])
+    if slope > 0:
+        return slope, intercept
+    return 1.0, float(brentq(lambda b: expit(odds + b).mean() - hit.mean(), -50, 50))
 
 
 def pick_threshold(rule, y, p):

@@ -319,9 +319,15 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
     def _prepare(self, core, data, validation, seed):
         """Run once what no epoch changes: words to topics, chunks through the frozen layers."""
         if not self._count_pairs(data):
+            declared = any(isinstance(m, Text) for m in self.modalities_.values())
+            remedy = (
+                "look at the columns of the Text modality"
+                if declared
+                else "no Text modality is declared: add the note, with `pretrained=` to those of "
+                "the classifier (it is needed in fit alone)"
+            )
             warnings.warn(
-                "No training row has both a table and a note, so nothing is aligned; look at the "
-                "columns of the Text modality.",
+                f"No training row has both a table and a note, so nothing is aligned; {remedy}.",
                 UserWarning,
                 stacklevel=6,
             )

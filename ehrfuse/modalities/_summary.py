@@ -18,6 +18,7 @@ DIFFERENCES = {
     "last_minus_mean": ("last", "mean"),
     "recent_minus_mean": ("recent_mean", "mean"),
 }
+MAX_CATEGORIES = 255  # of a column, what scikit-learn's boosting can hold
 TIMELESS = ("count", "time_since")  # what a code without values still has
 
 
@@ -189,7 +190,7 @@ class EventSummary(TransformerMixin, BaseEstimator):
     Parameters
     ----------
     columns : list of str or None, default=None
-        Columns of events; None takes every column whose cells are lists.
+        Columns of events; None takes every column whose cells are lists of records with a code.
     statistics : tuple of str, default=("last", "mean", ..., "time_since")
         Out of last, mean, min, max, sd, first, count, slope (least squares, per unit of time) and
         time_since.
@@ -202,11 +203,15 @@ class EventSummary(TransformerMixin, BaseEstimator):
     now : float, default=0.0
         Time that `time_since` is measured from, in the unit of the events.
     remainder : {"passthrough", "drop"}, default="passthrough"
-        What happens to the other columns; passed through, text columns become categories.
+        What happens to the other columns. Passed through, words become categories; columns that
+        trees cannot read (lists, more than 255 different words) or learn from (no training row has
+        a value) are left out and listed in `left_out_`.
 
     Attributes
     ----------
     columns_ : list of str
+    left_out_ : list of str
+        Other columns that are not passed through.
     plans_ : dict of str to SummaryPlan
         Codes and statistics kept for every column.
 
@@ -271,6 +276,12 @@ class EventSummary(TransformerMixin, BaseEstimator):
             [c for c in X.columns if _is_stream(X[c])] if self.columns is None else self.columns
         )
         self.columns_ = [columns] if isinstance(columns, str) else list(columns)
+        lost = [c for c in self.columns_ if c not in X.columns]
+        if lost:
+            raise ValueError(f"X lacks the columns {lost}; columns= names columns of X.")
+        others = [c for c in X.columns if c not in self.columns_]
+        passed = [c for c in others if _for_trees(X[c])] if self.remainder != "drop" else []
+        self.left_out_ = [c for c in others if c not in passed]
         check_count(self.windows, "windows", 0)
         check_count(self.max_codes, "max_codes")
         self.plans_ = {}
@@ -297,10 +308,7 @@ class EventSummary(TransformerMixin, BaseEstimator):
         table : DataFrame of shape (n_samples, n_features), indexed as X
         """
         check_is_fitted(self)
-        rest = [c for c in self.feature_names_in_ if c not in self.columns_]
-        parts = []
-        if self.remainder == "passthrough":
-            parts = [_tree_ready(X[c]) for c in rest]
+        parts = [_tree_ready(X[c]) for c in self._passed()]
         for column in self.columns_:
             records = read_records(X[column], ("time", "code"))
             records.refuse_future(self.now)
@@ -322,11 +330,14 @@ class EventSummary(TransformerMixin, BaseEstimator):
         names : array of str
         """
         check_is_fitted(self)
-        rest = [c for c in self.feature_names_in_ if c not in self.columns_]
-        names = rest if self.remainder == "passthrough" else []
+        names = self._passed()
         for column in self.columns_:
             names = names + [f"{column}__{name}" for name in self.plans_[column].names]
         return np.asarray(names, dtype=object)
+
+    def _passed(self):
+        gone = {*self.columns_, *self.left_out_}
+        return [c for c in self.feature_names_in_ if c not in gone]
 
     def __sklearn_tags__(self):
         """Tags: frames with holes in, no array checks."""
@@ -336,12 +347,37 @@ class EventSummary(TransformerMixin, BaseEstimator):
         return tags
 
 
-def _is_stream(column: pd.Series) -> bool:
+def _is_list(column: pd.Series) -> bool:
     if isinstance(column.dtype, pd.ArrowDtype):
-        kind = column.dtype.pyarrow_dtype
-        return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        return pa.types.is_nested(column.dtype.pyarrow_dtype)
     first = next(iter(column.dropna().head(1)), None)
     return isinstance(first, list | tuple | np.ndarray | dict | pd.DataFrame)
+
+
+def _is_stream(column: pd.Series) -> bool:
+    """Whether cells are lists of records with a code: not visits, vectors or pictures."""
+    if isinstance(column.dtype, pd.ArrowDtype):
+        kind = column.dtype.pyarrow_dtype
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+            return False
+        record = kind.value_type
+        return not pa.types.is_struct(record) or record.get_field_index("code") >= 0
+    if not _is_list(column):
+        return False
+    for cell in column.dropna():
+        if isinstance(cell, dict | pd.DataFrame):
+            return "code" in cell
+        if len(cell):
+            return not isinstance(cell[0], dict) or "code" in cell[0]
+    return True
+
+
+def _for_trees(column: pd.Series) -> bool:
+    """Whether boosted trees can read a column and learn from it."""
+    if _is_list(column) or column.isna().all():
+        return False
+    numeric = pd.api.types.is_numeric_dtype(column.dtype)
+    return numeric or column.nunique() <= MAX_CATEGORIES
 
 
 def _tree_ready(column: pd.Series) -> pd.Series:

@@ -498,3 +498,9 @@ def test_scores_by_pattern_names_what_is_wrong():
         score_by_pattern(*call, X, ["ph"])
     with pytest.raises(ValueError, match=r"needs columns \['lactate'\]"):
         score_by_pattern(*call, X, {"labs": "lactate"})
+
+
+def test_one_metric_may_be_given_by_name():
+    y, p = np.array([0, 1, 1, 0]), np.array([0.1, 0.8, 0.6, 0.4])
+    found = bootstrap_scores(y, p, metrics="auroc", n_resamples=5, random_state=0)
+    assert len(found) == 1

@@ -589,3 +589,15 @@ def test_encoder_stage(tmp_path, graph):
     fitted = model(graph, stage1="hf-encoder", model=bert, n_splits=2).fit(X, y)
     assert np.isfinite(fitted.predict_proba(X)).all()
     assert isinstance(fitted.tasks_[0].models[0][-1], LogisticRegression)
+
+
+def test_calibration_never_turns_the_order_round():
+    """Held out, a constant model predicts the rate of the others, which runs against its own."""
+    rng = np.random.default_rng(0)
+    y = (rng.random(200) < 0.2).astype(int)
+    against = np.where(y == 1, 0.19, 0.21)
+    map_ = two.Calibrator("sigmoid").fit(np.column_stack([1 - against, against]), y)
+    p = map_.apply(np.array([[0.8, 0.2], [0.7, 0.3]]))[:, 1]
+    assert p[0] < p[1]
+    constant = map_.apply(np.column_stack([1 - against, against]))[:, 1]
+    assert constant.mean() == pytest.approx(y.mean(), abs=1e-6)

@@ -6,8 +6,11 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.pipeline import make_pipeline
 
 from ehrfuse import Events, EventSummary, Visits
+from ehrfuse.datasets import make_ehr
 
 KIND = pa.list_(pa.struct([("time", pa.float32()), ("code", pa.string()), ("value", pa.float32())]))
 
@@ -283,3 +286,35 @@ def test_slips_of_a_single_record_are_explained():
     words = frame([[{"time": -1.0, "code": "HR", "value": "high"}]], arrow=False)
     with pytest.raises(ValueError, match="'value' is string; it must be a number or null"):
         Events("course").fit(words)
+
+
+def test_summary_takes_events_alone_and_passes_on_what_trees_can_read():
+    event = [{"time": -1.0, "code": "HR", "value": 80.0}]
+    X = pd.DataFrame(
+        {
+            "vitals": [event, None] * 150,
+            "empty": [[]] * 300,
+            "history": [[{"time": -3.0, "length_of_stay": 2.0}]] * 300,
+            "vector": [np.zeros(3)] * 300,
+            "note": [f"note {i}" for i in range(300)],
+            "sex": ["f", "m"] * 150,
+            "age": np.arange(300.0),
+            "never": np.full(300, np.nan),
+        }
+    )
+    summary = EventSummary(["vitals"]).fit(X)
+    assert summary.left_out_ == ["empty", "history", "vector", "note", "never"]
+    assert list(summary.transform(X).columns[:2]) == ["sex", "age"]
+    assert list(summary.transform(X).columns) == list(summary.get_feature_names_out())
+    found = EventSummary().fit(X.drop(columns="vector"))
+    assert found.columns_ == ["vitals", "empty"]
+    with pytest.raises(ValueError, match=r"X lacks the columns \['nope'\]"):
+        EventSummary(["nope"]).fit(X)
+
+
+def test_summary_feeds_boosting_from_a_frame_of_every_kind():
+    data = make_ehr(n_samples=120, random_state=0, as_bunch=True)
+    trees = HistGradientBoostingClassifier(max_iter=5, categorical_features="from_dtype")
+    X = data.X.drop(columns=["image", "cxr"])
+    p = make_pipeline(EventSummary(), trees).fit(X, data.y).predict_proba(X)
+    assert np.isfinite(p).all()

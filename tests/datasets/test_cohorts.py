@@ -258,7 +258,7 @@ def test_history_ends_at_the_landmark(demo):
 
 
 def test_a_task_in_another_unit_is_refused(demo):
-    with pytest.raises(ValueError, match="rows of icu only, .* can give: in_hospital"):
+    with pytest.raises(ValueError, match=r"rows of icu only, .* can give: in_hospital"):
         demo("eicu", "readmission_30d")
     with pytest.raises(ValueError, match="labs='both'"):
         demo("eicu", "in_hospital_mortality", labs="both")

@@ -82,7 +82,7 @@ class Rectifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
     calibration_ : DataFrame with columns fold, task, slope, intercept
     n_features_in_ : int
         Columns of X in fit, the groups column apart.
-    feature_names_in_ : array of shape (n_features_in_,)
+    feature_names_in_ : array of shape (`n_features_in_`,)
         Their names, where X is a frame of named columns.
 
     Notes

@@ -44,7 +44,7 @@ def blocks(page):
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
-PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])

@@ -102,6 +102,7 @@ def load_mimic4(
             Only for tasks that choose their labels, such as `phenotyping`: the rows that they were
             chosen on.
         description : str
+            Source, licence and what was built.
 
     Raises
     ------

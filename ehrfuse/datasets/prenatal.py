@@ -61,6 +61,7 @@ def make_prenatal(n_samples=1000, *, task="hypertension", random_state=None, as_
         risk : DataFrame of shape (n_rows, 2)
             The latent risks of hypertension and diabetes.
         description : str
+            What was simulated.
 
     See Also
     --------

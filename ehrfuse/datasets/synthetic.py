@@ -114,6 +114,7 @@ def make_ehr(
         latent : array of shape (n_samples,)
             The severity u.
         present : DataFrame of bool, shape (n_samples, n_modalities)
+            Which modalities a row has.
         pattern_offset : array of shape (n_samples,)
             What the pattern adds to the log-odds.
         description : str

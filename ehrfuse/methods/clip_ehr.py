@@ -175,7 +175,7 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
     ----------
     modalities_ : dict of fitted Modality
     module_ : torch module
-    feature_importances_ : array of shape (n_features_in_,)
+    feature_importances_ : array of shape (`n_features_in_`,)
         Share of the attention that every column gets, over the training rows.
     history_ : list of dict
         One entry per epoch.

@@ -117,7 +117,7 @@ class TabNetPretrainer(TabNetEstimator, TorchEncoder):
     ----------
     modalities_ : dict of fitted Modality
     module_ : torch module
-    feature_importances_ : array of shape (n_features_in_,)
+    feature_importances_ : array of shape (`n_features_in_`,)
         Share of the attention that every column gets, over the training rows.
     history_ : list of dict
         One entry per epoch.
@@ -264,7 +264,7 @@ class TabNetClassifier(_TabNet, TorchClassifier):
         Names of the tasks, if there are several.
     modalities_ : dict of fitted Modality
     module_ : torch module
-    feature_importances_ : array of shape (n_features_in_,)
+    feature_importances_ : array of shape (`n_features_in_`,)
         Share of the attention that every column gets, over the training rows.
     history_ : list of dict
         One entry per epoch.
@@ -386,7 +386,7 @@ class TabNetRegressor(_TabNet, TorchRegressor):
     ----------
     modalities_ : dict of fitted Modality
     module_ : torch module
-    feature_importances_ : array of shape (n_features_in_,)
+    feature_importances_ : array of shape (`n_features_in_`,)
         Share of the attention that every column gets, over the training rows.
     history_ : list of dict
         One entry per epoch.

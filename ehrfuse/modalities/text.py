@@ -60,7 +60,7 @@ class Text(Modality):
     ----------
     vocabulary_ : list of str
         Words, and pairs as two words with a space; by how many notes hold them. `model` None only.
-    idf_ : array of shape (len(vocabulary_),)
+    idf_ : array of shape (n_words,)
     fingerprint_ : str
         Identifies the weights of `model`.
     size_ : int

@@ -161,9 +161,12 @@ def passes(copy, guard):
     data = os.environ.get("EHRFUSE_DATA", str(ROOT.parent / "shared" / "data"))
     env = os.environ | {"PYTHONPATH": str(copy), "EHRFUSE_DATA": data}
     chosen = ["-k", guard.chosen] if guard.chosen else []
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", guard.tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider"]
     return (
-        subprocess.run([*command, *chosen], cwd=copy, env=env, capture_output=True).returncode == 0
+        subprocess.run(
+            [*command, guard.tests, *chosen], cwd=copy, env=env, capture_output=True
+        ).returncode
+        == 0
     )
 
 

@@ -4,6 +4,7 @@ What scikit-learn's meta-estimators hold may be ours, so those are taken apart l
 see `containers`. All else of scikit-learn is skops bytes, made to depend on its content alone.
 """
 
+import hashlib
 import importlib
 import io
 import json
@@ -82,31 +83,40 @@ def _to_skops(x: Any, where: str) -> bytes:
 
 
 def _without_memory(raw: bytes) -> bytes:
-    """The same parts, named by their order; skops names them by where they lay in memory."""
+    """The same parts, arrays named by their content; skops names them by their place in memory."""
     files = unpack(io.BytesIO(raw), len(raw))
-    schema = json.loads(files[SCHEMA])
-    names: dict[str, str] = {}
+    kept: dict[str, bytes] = {}
 
     def tidy(x: Any) -> Any:
         if isinstance(x, list):
             return [tidy(item) for item in x]
         if not isinstance(x, dict):
             return x
-        x = {key: tidy(item) for key, item in x.items() if key != "__id__" or not _is_id(item)}
+        x = {k: tidy(item) for k, item in x.items() if k != "__id__" or type(item) is not int}
         if isinstance(x.get("file"), str) and x["file"] in files:
-            ending = x["file"].rpartition(".")[2]
-            x["file"] = names.setdefault(x["file"], f"{len(names)}.{ending}")
+            content, ending = files[x["file"]], x["file"].rpartition(".")[2]
+            content = _without_padding(content) if ending == "npy" else content
+            x["file"] = f"{hashlib.sha256(content).hexdigest()[:16]}.{ending}"
+            kept[x["file"]] = content
         return x
 
-    tidied = {SCHEMA: json.dumps(tidy(schema)).encode()}
-    tidied |= {new: files[old] for old, new in names.items()}
+    schema = json.dumps(tidy(json.loads(files[SCHEMA]))).encode()
     target = io.BytesIO()
-    pack(tidied, target)
+    pack({SCHEMA: schema} | dict(sorted(kept.items())), target)
     return target.getvalue()
 
 
-def _is_id(x: Any) -> bool:
-    return type(x) is int
+def _without_padding(content: bytes) -> bytes:
+    """An array of records with zeros between its fields, where memory holds whatever was there."""
+    x = np.load(io.BytesIO(content), allow_pickle=False)
+    if x.dtype.names is None:
+        return content
+    clean = np.zeros(x.shape, x.dtype)
+    for name in x.dtype.names:
+        clean[name] = x[name]
+    target = io.BytesIO()
+    np.save(target, clean, allow_pickle=False)
+    return target.getvalue()
 
 
 def read_skops(raw: bytes) -> Any:

@@ -427,13 +427,15 @@ class Decoder:
         return pd.CategoricalDtype(self.value(entry["categories"]), entry["ordered"])
 
     def _frame(self, entry: dict[str, Any]) -> pd.DataFrame:
-        table = {j: self._column(x) for j, x in enumerate(entry["frame"])}
         index = self.value(entry["index"])
+        columns = [self._column(x) for x in entry["frame"]]
+        # With its dtype, or pandas would read words of an object column as its own strings.
+        table = {j: pd.Series(x, index, x.dtype) for j, x in enumerate(columns)}
         return pd.DataFrame(table, index=index).set_axis(self.value(entry["columns"]), axis=1)
 
     def _series(self, entry: dict[str, Any]) -> pd.Series:
         values, name = self._column(entry["series"]), self.value(entry["name"])
-        return pd.Series(values, index=self.value(entry["index"]), name=name)
+        return pd.Series(values, self.value(entry["index"]), values.dtype, name)
 
     def _index(self, entry: dict[str, Any]) -> pd.Index:
         values = self._column(entry["index"])

@@ -148,7 +148,7 @@ def _visit_numbers(name, modality, X):
 
 
 class Words(TransformerMixin, BaseEstimator):
-    """TF-IDF of one column of text; no column where no word is common enough.
+    """TF-IDF of one column of text; zeros where no word is common enough.
 
     Parameters
     ----------
@@ -163,12 +163,12 @@ class Words(TransformerMixin, BaseEstimator):
         """Learn words and pairs from training notes."""
         texts = _texts(X)
         self.vectorizer_ = TfidfVectorizer(
-            ngram_range=(1, 2), sublinear_tf=True, min_df=min(self.min_count, max(1, len(texts))),
+            ngram_range=(1, 2), sublinear_tf=True, min_df=self.min_count,
             max_features=self.max_words,
         )  # fmt: skip
         try:
             self.vectorizer_.fit(texts)
-        except ValueError:  # no word is common enough
+        except ValueError:  # no word is common enough, or there are fewer texts than that
             self.vectorizer_ = None
         return self
 
@@ -176,7 +176,7 @@ class Words(TransformerMixin, BaseEstimator):
         """Weights, sparse."""
         texts = _texts(X)
         if self.vectorizer_ is None:
-            return np.zeros((len(texts), 0))
+            return np.zeros((len(texts), 1))  # scikit-learn refuses tables without a column
         return self.vectorizer_.transform(texts)
 
 

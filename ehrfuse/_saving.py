@@ -19,6 +19,7 @@ from ehrfuse.knowledge import KnowledgeGraph
 from ehrfuse.methods import _causal_notes, _two_stage, knowledge_risk, medfuse
 from ehrfuse.modalities import _lab_tokens, _numbers, _prompt, _summary, sequences
 from ehrfuse.rectifier import Rectifier
+
 from ehrfuse import modalities  # isort: skip
 
 __all__ = ["LoadError", "load", "save"]

@@ -1,17 +1,27 @@
 """save and load: every estimator comes back equal to the bit, and nothing that stands in a cell."""
 
+import datetime
+import hashlib
 import inspect
+import json
+import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors.numpy
 import tiny_models
-from checks import fit, outputs
+import torch
+from scipy import sparse
+from sklearn import config_context
 from sklearn.base import BaseEstimator, clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import ColumnTransformer, make_column_selector
@@ -20,12 +30,12 @@ from sklearn.ensemble import (
     RandomForestClassifier,
     StackingClassifier,
 )
-from sklearn.impute import SimpleImputer
 from sklearn.frozen import FrozenEstimator
+from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import TunedThresholdClassifierCV
 from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import OneHotEncoder, StandardScaler
+from sklearn.preprocessing import StandardScaler
 from sklearn.utils import Bunch
 from test_common import NO_PAIR, SMALL, estimators
 
@@ -33,15 +43,12 @@ import ehrfuse
 from ehrfuse import (
     ClinicalScoreClassifier,
     ClipEHRAligner,
-    Embedding,
-    Events,
-    EventSummary,
     EventsToVisits,
+    EventSummary,
     FusionClassifier,
     KnowledgeAugmentedRiskModel,
     KnowledgeGraph,
     KnowledgeRetriever,
-    Labs,
     LabTextifier,
     MaskedLabPretrainer,
     MEDFuseClassifier,
@@ -179,8 +186,13 @@ OTHERS = {
     "callable columns": lambda c: FusionClassifier(
         {"table": Tabular(make_column_selector("^(?:age|heart)"))}, **FAST
     ),
-    "routed weights": lambda c: fusion(c).set_fit_request(sample_weight=False),
+    "routed weights": lambda c: routed(fusion(c)),
 }  # fmt: skip
+
+
+def routed(estimator):
+    with config_context(enable_metadata_routing=True):
+        return estimator.set_fit_request(sample_weight=False)
 
 
 def equivalence():
@@ -249,3 +261,449 @@ def test_round_trip(make, cohort, tmp_path):
         lowered = raw.lower()
         assert not [w for w in SECRET.lower().split() if len(w) > 3 and w.encode() in lowered]
         assert cohort.X["note"].dropna().iloc[0].encode() not in raw
+
+
+# ---------------------------------------------------------------- models of the hub
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return tiny_models.write_bert(tmp_path_factory.mktemp("models") / "bert")
+
+
+@pytest.mark.parametrize("how", ["frozen", "trained", "adapters"])
+def test_language_models(how, bert, cohort, tmp_path):
+    pytest.importorskip("peft")
+    options = {"frozen": {}, "trained": {"trainable": True}, "adapters": {"lora_rank": 2}}[how]
+    options |= {"trainable": True} if how == "adapters" else {}
+    text = Text("note", model=bert, chunk_length=16, max_length=16, **options)
+    clf = FusionClassifier({"note": text}, **FAST | {"n_members": 1}).fit(cohort.X, cohort.y)
+    ehrfuse.save(clf, tmp_path / "model.zip")
+    loaded = ehrfuse.load(tmp_path / "model.zip")
+    X = cohort.X.head(12)
+    assert_same(loaded.predict_proba(X), clf.predict_proba(X))
+    size = (tmp_path / "model.zip").stat().st_size
+    weights = Path(bert, "model.safetensors").stat().st_size
+    if how == "frozen":
+        assert size < weights  # by name, commit and digest
+        assert loaded.modalities_["note"].fingerprint_ == clf.modalities_["note"].fingerprint_
+    else:  # needs nothing from the hub any more
+        assert size > weights
+        loaded.modalities_["note"].model = "nobody/nothing"
+        assert_same(loaded.predict_proba(X), clf.predict_proba(X))
+
+
+def test_a_tuned_language_model_needs_no_hub_in_another_process(bert, cohort, tmp_path):
+    folder = shutil.copytree(bert, tmp_path / "bert")
+    text = Text("note", model=str(folder), chunk_length=16, max_length=16, trainable=True)
+    clf = FusionClassifier({"note": text}, **FAST | {"n_members": 1}).fit(cohort.X, cohort.y)
+    ehrfuse.save(clf, tmp_path / "model.zip")
+    shutil.rmtree(folder)
+    expected = clf.predict_proba(cohort.X)
+    cohort.X.to_pickle(tmp_path / "X.pkl")
+    code = (
+        "import ehrfuse, numpy, pandas; X = pandas.read_pickle('X.pkl');"
+        "numpy.save('p.npy', ehrfuse.load('model.zip').predict_proba(X))"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=300)
+    np.testing.assert_array_equal(np.load(tmp_path / "p.npy"), expected)
+
+
+# ---------------------------------------------------------------- what cannot be saved
+
+
+class Doubler(BaseEstimator):
+    """A class of the user's own."""
+
+    def __init__(self, factor=2.0):
+        self.factor = factor
+
+    def fit(self, X, y=None):
+        self.offset_ = np.asarray(X).mean()
+        return self
+
+    def transform(self, X):
+        return np.asarray(X) * self.factor + self.offset_
+
+
+def net(**options):
+    return FusionClassifier({"table": Tabular(["age"])}, **FAST | options)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "message"),
+    [
+        (net(modalities={"t": Tabular(lambda X: ["age"])}), r"modalities\['t'\]\.columns is the fun"),
+        (net(memory=sys.stdout), r"memory is of type .*; set it to None or leave it out before"),
+        (net(pretrained=Doubler()), r"pretrained .*classes=\[Doubler\] to save and to load"),
+        (make_pipeline(Doubler(), net()), r"steps\[0\]\[1\] .*classes=\[Doubler\] to save"),
+        (net(random_state=np.random.default_rng(0)), r"random_state is of type numpy.*Generator"),
+        (net(class_weight={object: 1}).set_params(freeze=(b"x",)), r"freeze\[0\] is of type bytes"),
+        (Rectifier(RandomForestClassifier(criterion=lambda y: y)), r"^estimator is a RandomForest"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_saved_is_named(estimator, message, tmp_path):
+    path = tmp_path / "model.zip"
+    path.write_bytes(b"the model of before")
+    with pytest.raises(ValueError, match=message):
+        ehrfuse.save(estimator, path)
+    assert path.read_bytes() == b"the model of before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_cycles_and_depth(tmp_path):
+    loop = net()
+    loop.memory = loop
+    with pytest.raises(ValueError, match="memory holds an object that holds it"):
+        ehrfuse.save(loop, tmp_path / "m.zip")
+    deep = []
+    for _ in range(1000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="nests more than"):
+        ehrfuse.save(net(memory=deep), tmp_path / "m.zip")
+    with pytest.raises(ValueError, match="no estimator"):
+        ehrfuse.save({"a": 1}, tmp_path / "m.zip")
+
+
+def test_classes_of_ones_own(cohort, tmp_path):
+    X = cohort.X[["age"]].fillna(0)
+    pipe = make_pipeline(Doubler(3.0), FusionClassifier(**FAST)).fit(X, cohort.y)
+    path = tmp_path / "model.zip"
+    ehrfuse.save(pipe, path, classes=[Doubler])
+    with pytest.raises(ehrfuse.LoadError, match="names the class 'Doubler'"):
+        ehrfuse.load(path)
+    loaded = ehrfuse.load(path, classes=[Doubler])
+    assert_same(loaded.predict_proba(X), pipe.predict_proba(X))
+    impostor = type("Tabular", (), {})
+    with pytest.raises(ValueError, match="known already"):
+        ehrfuse.load(path, classes=[impostor])
+    with pytest.raises(ValueError, match="no class"):
+        ehrfuse.load(path, classes=["Doubler"])
+
+
+# ---------------------------------------------------------------- values
+
+
+def rich_values():
+    rng = np.random.RandomState(3)
+    rng.rand(5)
+    text = pd.Series(["a", None, "b"], index=["x", "y", "z"], name="s")
+    return {
+        "plain": [None, True, 1, 2**70, 1.5, "é\ud800", float("inf"), -float("inf")],
+        "nan": float("nan"),
+        "containers": ((1, [2]), {1, 2}, frozenset("ab"), {1: "a", (2, 3): "b"}, Bunch(a=1)),
+        "scalars": [np.float32(0.1), np.int8(3), np.bool_(True), np.str_("s"), np.float64("nan"),
+                    np.datetime64("2020-01-01"), np.timedelta64(3, "h")],
+        "pandas": [pd.NA, pd.NaT, pd.Timestamp("2020-01-01 10:00"), text.dtype],
+        "others": [slice(1, None), Path("a/b"), torch.device("cpu"), np.dtype("float32"), float,
+                   np.number, datetime.date(2020, 1, 1), datetime.datetime(2020, 1, 1, 3)],
+        "arrays": [np.arange(6.0).reshape(2, 3).T, np.array(3), np.zeros((0, 2), "int8"),
+                   np.array(["a", "bcd"]), np.array(["ä", ""], object), np.array([1, None], object),
+                   np.array([(1, 2), "x"], object), np.array(["2020-01-01"], "M8[D]"),
+                   np.array([[True]]), np.ma.MaskedArray([1, 2], [True, False])],
+        "sparse": sparse.random(4, 5, 0.5, "csr", random_state=0),
+        "frames": [
+            pd.DataFrame({"a": [1, 2], "b": ["x", None], "c": pd.Categorical(["u", "v"])}),
+            pd.DataFrame({"n": pd.array([1, None], "Int64"), "o": np.array(["x", 3], object)}),
+            text, text.astype("string"), pd.RangeIndex(2, 8, 3, name="r"),
+            pd.Index(["a", 1], dtype=object), pd.MultiIndex.from_tuples([(1, "a"), (2, "b")]),
+            pd.date_range("2020-01-01", periods=3), pd.CategoricalIndex(["a", "b", "a"]),
+            pd.CategoricalDtype(["a", "b"], ordered=True),
+        ],
+        "stream": rng,
+    }  # fmt: skip
+
+
+def test_values_come_back(tmp_path):
+    """Every kind of the closed set, in its type, dtype and layout, as pickle would give it."""
+    values = rich_values()
+    estimator = net(memory=values)
+    ehrfuse.save(estimator, tmp_path / "a.zip")
+    loaded = ehrfuse.load(tmp_path / "a.zip")
+    ehrfuse.save(loaded, tmp_path / "b.zip")
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+    assert_alike(loaded.memory, values)
+    assert loaded.memory["arrays"][0].flags.f_contiguous
+    loaded.memory["arrays"][0][0, 0] = 5.0  # not read-only
+    assert loaded.memory["stream"].rand() == rich_values()["stream"].rand()
+
+
+def assert_alike(one, other):
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert_alike(list(one.items()), list(other.items()))
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_alike(a, b)
+    elif isinstance(one, np.ndarray):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+    elif isinstance(one, pd.DataFrame):
+        pd.testing.assert_frame_equal(one, other)
+    elif isinstance(one, pd.Series):
+        pd.testing.assert_series_equal(one, other)
+    elif isinstance(one, pd.Index):
+        pd.testing.assert_index_equal(one, other)
+    elif sparse.issparse(one):
+        assert (one != other).nnz == 0
+    elif not isinstance(one, np.random.RandomState):
+        assert repr(one) == repr(other)
+
+
+def test_one_object_stays_one(cohort, tmp_path):
+    shared = graph()
+    pipe = Pipeline([("a", KnowledgeRetriever(shared)), ("b", KnowledgeRetriever(shared))])
+    ehrfuse.save(pipe, tmp_path / "m.zip")
+    loaded = ehrfuse.load(tmp_path / "m.zip")
+    assert loaded[0].graph is loaded[1].graph
+    assert loaded[0].graph == shared
+    assert loaded[0].graph.node("sepsis") == shared.node("sepsis")
+
+
+# ---------------------------------------------------------------- hostile and broken files
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A small model, its file, and rows to predict."""
+    rng = np.random.default_rng(0)
+    X = pd.DataFrame({"age": rng.normal(size=60), "sex": np.where(rng.random(60) < 0.5, "f", "m")})
+    modalities = {"table": Tabular(["age", "sex"])}
+    clf = FusionClassifier(modalities, **FAST).fit(X, np.arange(60) % 2)
+    path = tmp_path_factory.mktemp("saved") / "model.zip"
+    ehrfuse.save(clf, path)
+    return Bunch(path=path, X=X, expected=clf.predict_proba(X), clf=clf)
+
+
+class Trap:
+    """Leaves a mark if anything runs it."""
+
+    def __reduce__(self):
+        return os.system, (f"touch {MARK}",)
+
+
+MARK = Path(tempfile.gettempdir()) / f"ehrfuse-trap-{os.getpid()}"
+
+
+@pytest.fixture(autouse=True)
+def nothing_ran():
+    MARK.unlink(missing_ok=True)
+    yield
+    assert not MARK.exists()
+
+
+def zipped(path, files, **options):
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for name, content in files:
+            archive.writestr(name, content)
+    return path
+
+
+def contents(saved):
+    with zipfile.ZipFile(saved.path) as archive:
+        return json.loads(archive.read("manifest.json")), archive.read("tensors.safetensors")
+
+
+def forged(path, manifest, blob):
+    """A file whose sums are right: what somebody who wants to harm would write."""
+    manifest = {k: v for k, v in manifest.items() if k != "sha256"}
+    manifest["tensors_sha256"] = hashlib.sha256(blob).hexdigest()
+    body = json.dumps(manifest, separators=(",", ":")).encode()
+    manifest["sha256"] = hashlib.sha256(body).hexdigest()
+    files = [("manifest.json", json.dumps(manifest)), ("tensors.safetensors", blob)]
+    return zipped(path, files)
+
+
+def refuse(path, message=None):
+    with pytest.raises(ehrfuse.LoadError, match=message) as caught:
+        ehrfuse.load(path)
+    assert str(path) in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+def foreign_files():
+    yield "pickle", pickle.dumps(Trap())
+    yield "pickle after a zip's mark", b"PK\x03\x04" + pickle.dumps(Trap())
+    yield "nothing", b""
+    yield "text", b"age,sex\n1,f\n"
+    yield "npy", b"\x93NUMPY\x01\x00" + b"\x00" * 64
+
+
+@pytest.mark.parametrize(("kind", "content"), list(foreign_files()), ids=lambda x: str(x)[:20])
+def test_foreign_files(kind, content, tmp_path):
+    path = tmp_path / "model.zip"
+    path.write_bytes(content)
+    refuse(path)
+
+
+def test_archives_that_save_never_writes(saved, tmp_path):
+    manifest, blob = contents(saved)
+    good = [("manifest.json", json.dumps(manifest)), ("tensors.safetensors", blob)]
+    path = tmp_path / "model.zip"
+    trap = pickle.dumps(Trap())
+    refuse(zipped(path, [*good, ("model.pkl", trap)]), "must hold")
+    refuse(zipped(path, [("data.pkl", trap)]), "must hold")
+    refuse(zipped(path, [good[0], ("tensors.safetensors", trap)]), "not those that were saved")
+    refuse(zipped(path, [("manifest.json", trap), good[1]]), "no JSON")
+    refuse(zipped(path, [*good, ("../../escaped", b"x")]), "must hold")
+    assert not (tmp_path.parent.parent / "escaped").exists()
+    bomb = [("manifest.json", b" " * 10**7), good[1]]
+    refuse(zipped(path, bomb, compression=zipfile.ZIP_DEFLATED), "compressed")
+    with pytest.warns(UserWarning, match="Duplicate"):
+        zipped(path, [*good, good[0]])
+    refuse(path, "twice")
+    refuse(forged(path, manifest, trap), "arrays cannot be read")
+    torch.save({"a": Trap()}, path)
+    refuse(path)
+
+
+def test_a_zip_that_lies_about_sizes(saved, tmp_path):
+    raw = bytearray(saved.path.read_bytes())
+    place = raw.rfind(b"PK\x01\x02")  # the last entry of the directory
+    raw[place + 20 : place + 28] = (2**31).to_bytes(4, "little") * 2
+    path = tmp_path / "model.zip"
+    path.write_bytes(raw)
+    refuse(path, "larger than it is|broken")
+
+
+def changed(manifest, place, value):
+    """A copy with one thing exchanged."""
+    manifest = json.loads(json.dumps(manifest))
+    target = manifest
+    for key in place[:-1]:
+        target = target[key]
+    target[place[-1]] = value
+    return manifest
+
+
+def entry_of(manifest, name):
+    return next(i for i, e in enumerate(manifest["objects"]) if e.get("class") == name)
+
+
+def test_forged_manifests(saved, tmp_path):
+    manifest, blob = contents(saved)
+    path = tmp_path / "model.zip"
+    own, table = entry_of(manifest, "FusionClassifier"), entry_of(manifest, "Tabular")
+    state = ("objects", own, "state")
+    array = next(i for i, e in enumerate(manifest["objects"]) if "array" in e)
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    cases = [
+        (("objects", own, "class"), "os.system", "names the class 'os.system'"),
+        (("objects", own, "class"), "builtins.eval", "names the class"),
+        (("objects", own, "class"), "ehrfuse.FusionClassifier", "names the class"),
+        (("objects", own, "class"), "TorchEstimator", "names the class"),
+        (("objects", own, "class"), ["FusionClassifier"], "names the class"),
+        (("objects", table, "class"), "KnowledgeGraph", "do not fit together"),
+        (("model",), {"eval": "1"}, "no kind of value"),
+        (("model",), {"ref": len(manifest["objects"])}, "reference is wrong"),
+        (("model",), {"ref": -1}, "reference is wrong"),
+        (("model",), 3, "no estimator"),
+        (("model",), {"ref": 0, "list": []}, "neither plain nor of one kind"),
+        (("objects",), {}, "cannot be loaded"),
+        (("objects", array, "shape"), [10**9], "another shape"),
+        (("objects", array, "array"), "nowhere", "is missing"),
+        (("objects", array, "dtype"), "float16", "another shape or dtype"),
+        (("objects", array, "dtype"), "O", "another shape or dtype"),
+        ((*state, "built_with_"), {"dict": []}, "do not fit together"),
+        ((*state, "__class__"), "x", "sets what is no state"),
+        ((*state, "modalities_"), None, "cannot be loaded"),
+        ((*state, "versions_"), {"dict": []}, "cannot be loaded"),
+        ((*state, "lr"), {"float": "import os"}, "cannot be loaded"),
+        ((*state, "lr"), {"dtype": "O" * 99}, "dtype"),
+        ((*state, "lr"), {"type": "os.system"}, "cannot be loaded"),
+        (("format",), 2, "newer ehrfuse"),
+        (("format",), True, "states no format"),
+        (("format",), "1", "states no format"),
+        (("versions",), None, "cannot be loaded"),
+        (("versions",), {}, "cannot be loaded"),
+    ]  # fmt: skip
+    for place, value, message in cases:
+        refuse(forged(path, changed(manifest, place, value), blob), message)
+    text = json.dumps(manifest)
+    for body in (
+        text.replace('"lr": 0.002', '"lr": NaN'), text.replace('"lr": 0.002', '"lr": Infinity'),
+        text.replace('"lr": 0.002', '"lr": ' + "9" * 5000), "[" * 100_000 + "]" * 100_000,
+        '{"format": 1, ' + text[1:], "null", "[]", "{}",
+    ):  # fmt: skip
+        refuse(zipped(path, [("manifest.json", body), ("tensors.safetensors", blob)]))
+
+
+def test_forged_arrays(saved, tmp_path):
+    manifest, blob = contents(saved)
+    path = tmp_path / "model.zip"
+    arrays = safetensors.numpy.load(blob)
+    name = next(n for n in arrays if "weights_" in n and arrays[n].ndim == 2)
+    place = next(i for i, e in enumerate(manifest["objects"]) if e.get("array") == name)
+
+    def saved_as(new):
+        return safetensors.numpy.save(new)
+
+    other = arrays | {name: arrays[name][:, :-1].copy()}
+    refuse(forged(path, manifest, saved_as(other)), "another shape")
+    smaller = changed(manifest, ("objects", place, "shape"), list(other[name].shape))
+    refuse(forged(path, smaller, saved_as(other)), "do not fit together")  # strict weights
+    refuse(forged(path, manifest, saved_as({k: v for k, v in arrays.items() if k != name})),
+           "is missing")  # fmt: skip
+    refuse(forged(path, manifest, saved_as(arrays | {"more": np.zeros(3)})), "belong to nothing")
+    length = int.from_bytes(blob[:8], "little")
+    for header in (2**63, 2**40, 0, length - 1, length + 8):
+        refuse(forged(path, manifest, header.to_bytes(8, "little") + blob[8:]), "cannot be read")
+    head = json.loads(blob[8 : 8 + length])
+    for lie in ({"data_offsets": [0, 2**40]}, {"shape": [10**12]}, {"dtype": "F7"},
+                {"data_offsets": [0, 4], "shape": [1]}):  # fmt: skip
+        text = json.dumps(head | {name: head[name] | lie}).encode()
+        broken = len(text).to_bytes(8, "little") + text + blob[8 + length :]
+        refuse(forged(path, manifest, broken), "cannot be read")
+
+
+def test_flipped_and_cut_bytes(saved, tmp_path):
+    """Two hundred places: an equal model or one LoadError, and never anything else."""
+    raw = saved.path.read_bytes()
+    rng = np.random.default_rng(0)
+    path = tmp_path / "model.zip"
+    edges = [0, 4, 10, 30, len(raw) - 22, len(raw) - 1]
+    loaded = 0
+    for place in [*edges, *rng.integers(len(raw), size=120).tolist()]:
+        broken = bytearray(raw)
+        broken[place] ^= 1 << int(rng.integers(8))
+        loaded += loads_equal_or_not(path, bytes(broken), saved)
+    for place in [0, 1, 22, len(raw) - 1, *rng.integers(len(raw), size=80).tolist()]:
+        loaded += loads_equal_or_not(path, raw[:place], saved)
+    assert loaded < 100
+
+
+def loads_equal_or_not(path, raw, saved):
+    path.write_bytes(raw)
+    try:
+        loaded = ehrfuse.load(path)
+    except ehrfuse.LoadError:
+        return False
+    np.testing.assert_array_equal(loaded.predict_proba(saved.X), saved.expected)
+    return True
+
+
+def test_flipped_bytes_in_a_folder(saved, tmp_path):
+    """The same without a zip around it, whose own sums would find most of them."""
+    folder = tmp_path / "model"
+    ehrfuse.save(saved.clf, folder)
+    rng = np.random.default_rng(1)
+    for name in ("manifest.json", "model.safetensors"):
+        raw = (folder / name).read_bytes()
+        for place in rng.integers(len(raw), size=60):
+            broken = bytearray(raw)
+            broken[place] ^= 1 << int(rng.integers(8))
+            loads_equal_or_not_folder(folder, name, bytes(broken), saved)
+        (folder / name).write_bytes(raw)
+    assert_same(ehrfuse.load(folder).predict_proba(saved.X), saved.expected)
+
+
+def loads_equal_or_not_folder(folder, name, raw, saved):
+    (folder / name).write_bytes(raw)
+    try:
+        loaded = ehrfuse.load(folder)
+    except ehrfuse.LoadError:
+        return
+    np.testing.assert_array_equal(loaded.predict_proba(saved.X), saved.expected)

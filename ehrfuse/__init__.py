@@ -14,4 +14,6 @@ from ehrfuse.modalities import __all__ as _modalities
 from ehrfuse.rectifier import Rectifier
 
 __version__ = _version("ehrfuse")
-__all__ = sorted([*_methods, *_modalities, "KnowledgeGraph", "LoadError", "Rectifier", "load", "save"])
+__all__ = sorted(
+    [*_methods, *_modalities, "KnowledgeGraph", "LoadError", "Rectifier", "load", "save"]
+)

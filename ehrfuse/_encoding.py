@@ -92,7 +92,10 @@ class Encoder:
             return items if kind is list else {kind.__name__: items}
         if kind in (dict, Bunch):
             pairs = [
-                [self.value(k, f"{where} (key)", depth + 1), self.value(v, _at(where, k), depth + 1)]
+                [
+                    self.value(k, f"{where} (key)", depth + 1),
+                    self.value(v, _at(where, k), depth + 1),
+                ]
                 for k, v in x.items()
             ]
             return {"dict" if kind is dict else "bunch": pairs}

@@ -5,6 +5,7 @@ classes that the caller hands in; a name in a file is looked up there and never 
 """
 
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
@@ -204,8 +205,6 @@ def _with_own(known, classes):
 
 def _xgboost_names(estimator):
     """Its classes, where it is loaded; it is not loaded for this."""
-    import sys
-
     xgboost = sys.modules.get("xgboost")
     return {} if xgboost is None else {getattr(xgboost, name): name for name in XGBOOST}
 
@@ -230,6 +229,8 @@ def _state_of(x):
     state = _encoding.state_of(x)
     if state is not None and type(x).__name__ == "TunedThresholdClassifierCV":
         state.pop("_curve_scorer", None)  # holds functions, and only fit asks it
+    if isinstance(x, _sklearn_parts.REQUESTS) and not isinstance(x.owner, str):
+        state.pop("owner", None)  # the estimator whose part it is
     return state
 
 
@@ -242,13 +243,17 @@ def _set_state(x, state):
         setter(state)
     else:
         vars(x).update(state)
+    request = vars(x).get("_metadata_request")
+    for part in () if request is None else (request, *vars(request).values()):
+        if isinstance(part, _sklearn_parts.REQUESTS):
+            vars(part).setdefault("owner", x)
 
 
 # ---------------------------------------------------------------- hub
 
 
 def _local(path, revision):
-    """The zip or folder; fetched from the hub where there is none and the name is a repository's."""
+    """The zip or folder; fetched from the hub where the name is none but could be a repository's."""
     place = Path(path)
     if place.exists() or not REPOSITORY.fullmatch(str(path)):
         if revision is not None:
@@ -285,7 +290,7 @@ model = ehrfuse.load("path/to/this/folder")  # or "owner/name" on the hub
 ```
 
 `{_archive.MANIFEST}` says how the model is built, `{_archive.UNZIPPED}` holds its numbers. Neither
-holds code or cells of the data that it was fitted to. It does hold what was learned from them: names
-of columns, categories and codes, words that enough notes share, scales and weights. Say here for
-whom it was made, on whom it was fitted and tested, and who may use it.
+holds code or cells of the data that it was fitted to. It does hold what was learned from them:
+names of columns, categories and codes, words that enough notes share, scales and weights. Say here
+for whom it was made, on whom it was fitted and tested, and who may use it.
 """

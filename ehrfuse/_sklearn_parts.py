@@ -17,7 +17,7 @@ from ehrfuse._archive import LoadError, pack, parse_json, unpack
 from ehrfuse._runtime import import_optional
 
 SCHEMA = "schema.json"
-# Beside what skops trusts by itself. Trees are read by C code that trusts them, so they are checked.
+# Beside what skops trusts by itself. Trees are read by C code that checks nothing, so load does.
 TREES = "sklearn.tree._tree.Tree"
 PREDICTORS = "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor"
 TRUSTED = ("numpy.dtype", TREES, PREDICTORS)
@@ -43,13 +43,16 @@ CONTAINERS = {
 }  # fmt: skip
 
 
+REQUESTS = (MetadataRequest, type(MetadataRequest("owner").fit))
+
+
 def containers() -> list[type]:
     """Classes of scikit-learn that are taken apart as our own are."""
     found: list[type] = []
     for name, kinds in CONTAINERS.items():
         module = importlib.import_module(f"sklearn.{name}")
         found += [getattr(module, kind) for kind in kinds if hasattr(module, kind)]
-    return [*found, MetadataRequest, type(MetadataRequest("owner").fit)]
+    return [*found, *REQUESTS]
 
 
 def write_part(x: Any, where: str) -> tuple[str, bytes] | None:
@@ -76,8 +79,8 @@ def _to_skops(x: Any, where: str) -> bytes:
         ) from error
     if unknown:
         raise ValueError(
-            f"{where or 'The estimator'} is a {kind} that holds {', '.join(sorted(unknown))}, which "
-            "load would not trust; use another estimator, or names instead of functions."
+            f"{where or 'The estimator'} is a {kind} that holds {', '.join(sorted(unknown))}, "
+            "which load would not trust; use another estimator, or names instead of functions."
         )
     return _without_memory(raw)
 
@@ -217,12 +220,13 @@ def _check_nodes(left: Any, right: Any, feature: Any, leaf: Any, n_features: int
 def _check_width(x: Any) -> None:
     """Boosted and random trees ask for no feature that their model does not have."""
     width = getattr(x, "n_features_in_", None)
-    if hasattr(x, "_predictors"):
-        for predictor in (p for row in x._predictors for p in row):
-            if predictor.nodes["feature_idx"][predictor.nodes["is_leaf"] == 0].max(initial=0) >= width:
-                raise LoadError("a tree asks for a feature that there is not")
-    tree = getattr(x, "tree_", None)
-    if tree is not None and tree.n_features != width:
+    asked = [
+        predictor.nodes["feature_idx"][predictor.nodes["is_leaf"] == 0].max(initial=0) + 1
+        for predictors in getattr(x, "_predictors", ())
+        for predictor in predictors
+    ]
+    asked += [x.tree_.n_features] if hasattr(x, "tree_") else []
+    if asked and not max(asked) <= width:
         raise LoadError("a tree asks for a feature that there is not")
 
 

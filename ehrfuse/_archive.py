@@ -1,7 +1,8 @@
 """The two files of a saved model, in one zip or one folder: written whole, read with suspicion.
 
-`manifest.json` says what there is, `tensors.safetensors` (in a folder `model.safetensors`) holds the
-arrays. Every size is known before anything is read; nothing is unpacked to disk; nothing is code.
+`manifest.json` says what there is, `tensors.safetensors` (in a folder `model.safetensors`) holds
+the arrays. Every size is known before anything is read, nothing is unpacked to disk, and nothing is
+code.
 """
 
 import hashlib
@@ -74,12 +75,12 @@ def _write_folder(path: Path, files: dict[str, bytes], card: str) -> None:
     """All parts are on disk before the first takes its name; what else is there stays."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"{str(path)!r} is a file; name a folder, or a file ending in '.zip'.")
-    if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).exists():
-        if not (path / ".git").exists():
-            raise ValueError(
-                f"Folder {str(path)!r} holds other things and no saved model; name a new folder, "
-                "or a file ending in '.zip'."
-            )
+    there = {p.name for p in path.iterdir()} if path.is_dir() else set()
+    if there and not there & {MANIFEST, ".git"}:
+        raise ValueError(
+            f"Folder {str(path)!r} holds other things and no saved model; name a new folder, "
+            "or a file ending in '.zip'."
+        )
     path.mkdir(parents=True, exist_ok=True)
     if not (path / CARD).exists():  # somebody may have written more on it
         files = {**files, CARD: card.encode()}

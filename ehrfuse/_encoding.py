@@ -243,7 +243,7 @@ def _plain(x: Any) -> dict[str, Any] | None:
         ends = [x.start, x.stop, x.step]
         return {"slice": ends} if all(e is None or type(e) is int for e in ends) else None
     if isinstance(x, np.dtype):
-        return {"dtype": x.str} if not x.hasobject or x == object else None
+        return {"dtype": x.str} if x.names is None and len(x.str) < 20 else None
     if isinstance(x, PurePath):
         return {"path": str(x)}
     if isinstance(x, torch.device):

@@ -4,6 +4,7 @@ What can come out of a file is what `registry` names, scikit-learn's parts that 
 classes that the caller hands in; a name in a file is looked up there and never imported.
 """
 
+import inspect
 import re
 import sys
 import warnings
@@ -234,7 +235,16 @@ def _state_of(x):
     return state
 
 
+def _defaults(kind):
+    parameters = inspect.signature(kind.__init__).parameters.values()
+    known = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return {name: default for name, default in known.items() if not hasattr(kind, name)}
+
+
 def _set_state(x, state):
+    if isinstance(x, BaseEstimator):
+        for name, default in _defaults(type(x)).items():
+            state.setdefault(name, default)  # a parameter that is younger than the file
     setter: Callable | None = getattr(x, "__setstate__", None)
     if isinstance(x, KnowledgeGraph):
         _set_graph(x, state)
@@ -253,7 +263,7 @@ def _set_state(x, state):
 
 
 def _local(path, revision):
-    """The zip or folder; fetched from the hub where the name is none but could be a repository's."""
+    """The zip or folder; fetched where the name is neither but could be a repository's."""
     place = Path(path)
     if place.exists() or not REPOSITORY.fullmatch(str(path)):
         if revision is not None:

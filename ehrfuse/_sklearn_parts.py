@@ -74,8 +74,12 @@ def _to_skops(x: Any, where: str) -> bytes:
         unknown = set(skops.get_untrusted_types(data=raw)) - set(TRUSTED)
     except Exception as error:  # skops raises errors of many kinds for what it does not know
         raise ValueError(
-            f"{where or 'The estimator'} is a {kind} that holds what skops cannot save; leave it "
-            "out, or hold it in a Pipeline, ColumnTransformer or StackingClassifier."
+            f"{where or 'The estimator'} is a {kind} that holds what skops cannot save; "
+            + (
+                "save its best_estimator_."
+                if hasattr(x, "best_estimator_")
+                else "leave it out, or hold it in a Pipeline or StackingClassifier."
+            )
         ) from error
     if unknown:
         raise ValueError(

@@ -55,7 +55,7 @@ class StructuredFeatures(TransformerMixin, BaseEstimator):
             if isinstance(modality, Events):
                 summary = EventSummary(
                     modality.columns_, max_codes=modality.max_codes, now=modality.now,
-                    remainder="drop",
+                    min_count=modality.min_count, remainder="drop",
                 )  # fmt: skip
                 self.readers_[name] = summary.fit(X[modality.columns_])
             elif not isinstance(modality, Visits):

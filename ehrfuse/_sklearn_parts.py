@@ -67,24 +67,22 @@ def write_part(x: Any, where: str) -> tuple[str, bytes] | None:
 
 
 def _to_skops(x: Any, where: str) -> bytes:
+    place, kind = where or "The estimator", type(x).__name__
+    if hasattr(x, "best_estimator_"):
+        raise ValueError(f"{place} is a {kind}, which holds functions; save its best_estimator_.")
     skops = import_optional("skops.io", "save")
-    kind = type(x).__name__
     try:
         raw = skops.dumps(x)
         unknown = set(skops.get_untrusted_types(data=raw)) - set(TRUSTED)
     except Exception as error:  # skops raises errors of many kinds for what it does not know
         raise ValueError(
-            f"{where or 'The estimator'} is a {kind} that holds what skops cannot save; "
-            + (
-                "save its best_estimator_."
-                if hasattr(x, "best_estimator_")
-                else "leave it out, or hold it in a Pipeline or StackingClassifier."
-            )
+            f"{place} is a {kind} that holds what skops cannot save; leave it out, or hold it in "
+            "a Pipeline or StackingClassifier."
         ) from error
     if unknown:
         raise ValueError(
-            f"{where or 'The estimator'} is a {kind} that holds {', '.join(sorted(unknown))}, "
-            "which load would not trust; use another estimator, or names instead of functions."
+            f"{place} is a {kind} that holds {', '.join(sorted(unknown)[:4])}, which load would "
+            "not trust; use another estimator, or names instead of functions."
         )
     return _without_memory(raw)
 

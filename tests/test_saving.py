@@ -66,6 +66,7 @@ from ehrfuse import (
     VisitGAN,
     Visits,
     VisitsToEvents,
+    _hub,
 )
 from ehrfuse.methods._causal_notes import CausalNoteClassifier
 
@@ -323,20 +324,19 @@ def test_language_models(how, bert, cohort, tmp_path):
         assert_same(loaded.predict_proba(X), clf.predict_proba(X))
 
 
-def test_a_tuned_language_model_needs_no_hub_in_another_process(bert, cohort, tmp_path):
-    folder = shutil.copytree(bert, tmp_path / "bert")
-    text = Text("note", model=str(folder), chunk_length=16, max_length=16, trainable=True)
-    clf = FusionClassifier({"note": text}, **FAST | {"n_members": 1}).fit(cohort.X, cohort.y)
+def test_a_tuned_language_model_needs_no_hub(bert, cohort, tmp_path, monkeypatch):
+    text = Text("note", model=bert, chunk_length=16, max_length=16, trainable=True)
+    clf = FusionClassifier({"note": text}, **FAST | {"n_members": 1})
+    clf.fit(cohort.X.head(24), cohort.y[:24])
+    expected = clf.predict_proba(cohort.X.head(24))
     ehrfuse.save(clf, tmp_path / "model.zip")
-    shutil.rmtree(folder)
-    expected = clf.predict_proba(cohort.X)
-    cohort.X.to_pickle(tmp_path / "X.pkl")
-    code = (
-        "import ehrfuse, numpy, pandas; X = pandas.read_pickle('X.pkl');"
-        "numpy.save('p.npy', ehrfuse.load('model.zip').predict_proba(X))"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=300)
-    np.testing.assert_array_equal(np.load(tmp_path / "p.npy"), expected)
+
+    def gone(*args):
+        raise AssertionError("the hub was asked")
+
+    for name in ("inspect_model", "reopen", "copy_model"):
+        monkeypatch.setattr(_hub, name, gone)
+    assert_same(ehrfuse.load(tmp_path / "model.zip").predict_proba(cohort.X.head(24)), expected)
 
 
 # ---------------------------------------------------------------- what cannot be saved
@@ -413,6 +413,18 @@ def test_classes_of_ones_own(cohort, tmp_path):
         ehrfuse.load(path, classes=[impostor])
     with pytest.raises(ValueError, match="no class"):
         ehrfuse.load(path, classes=["Doubler"])
+
+
+def test_another_process(saved, tmp_path):
+    """A fresh interpreter needs nothing but the file, and loads neither skops nor transformers."""
+    code = (
+        "import sys, ehrfuse, numpy, pandas; X = pandas.read_json('X.json');"
+        f"numpy.save('p.npy', ehrfuse.load({str(saved.path)!r}).predict_proba(X));"
+        "assert not {'skops', 'transformers', 'huggingface_hub'} & set(sys.modules)"
+    )
+    saved.X.to_json(tmp_path / "X.json", double_precision=15)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=300)
+    np.testing.assert_allclose(np.load(tmp_path / "p.npy"), saved.expected, atol=1e-12)
 
 
 # ---------------------------------------------------------------- values

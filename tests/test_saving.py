@@ -677,6 +677,49 @@ def test_forged_manifests(saved, tmp_path):
         refuse(zipped(path, [("manifest.json", body), ("tensors.safetensors", blob)]))
 
 
+def nodes(x, place=()):
+    """Every place of a manifest."""
+    items = x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, list) else ()
+    for key, value in items:
+        yield (*place, key)
+        yield from nodes(value, (*place, key))
+
+
+def test_forged_at_random(saved, tmp_path):
+    """With sums that are right, any part may be anything: a model or one LoadError."""
+    manifest, blob = contents(saved)
+    places = list(nodes(manifest))
+    rng = np.random.default_rng(0)
+    odd = [
+        None,
+        True,
+        -1,
+        0,
+        3,
+        1.5,
+        "x",
+        [],
+        [[]],
+        {},
+        {"ref": 0},
+        {"tuple": [1]},
+        {"dict": [[1]]},
+    ]
+    refused = 0
+    for _ in range(150):
+        value = odd[rng.integers(len(odd))]
+        path = forged(
+            tmp_path / "model.zip",
+            changed(manifest, places[rng.integers(len(places))], value),
+            blob,
+        )
+        try:
+            ehrfuse.load(path)
+        except ehrfuse.LoadError:
+            refused += 1
+    assert refused > 50
+
+
 def test_forged_arrays(saved, tmp_path):
     manifest, blob = contents(saved)
     path = tmp_path / "model.zip"

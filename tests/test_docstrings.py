@@ -70,6 +70,8 @@ def test_every_parameter_is_documented(path):
 @pytest.mark.parametrize("path", list(public_objects()))
 def test_defaults_in_docstrings_are_true(path):
     thing = resolve(path)
+    if inspect.isclass(thing) and issubclass(thing, Exception):
+        pytest.skip("takes a message alone")
     text = inspect.getdoc(thing)
     for name, parameter in inspect.signature(thing).parameters.items():
         stated = re.search(rf"^{re.escape(name)} : .*default=([^\n]+)$", text, re.MULTILINE)

@@ -13,6 +13,7 @@ PACKAGE = Path(ehrfuse.__file__).parent
 HEAVY = {
     "transformers", "tokenizers", "pytorch_tabnet", "matplotlib", "duckdb", "PIL", "pooch", "peft",
     "bm25s", "graspologic_native", "ahocorasick", "rapidfuzz", "xgboost", "imblearn", "ibis",
+    "skops", "huggingface_hub",
 }  # fmt: skip
 
 # Layer -> what it may import: our own layers, then packages beside the standard library.
@@ -68,6 +69,25 @@ LAYERS = {
     "methods": (
         {"_hub", "_hub_causal", "_runtime", "base", "knowledge", "modalities", "nn", "rectifier"},
         {"numpy", "pandas", "scipy", "sklearn", "torch", "xgboost", "imblearn"},
+    ),
+    "_archive": (set(), {"numpy", "safetensors"}),
+    "_encoding": ({"_archive"}, {"numpy", "pandas", "scipy", "sklearn", "torch"}),
+    "_sklearn_parts": ({"_archive", "_runtime"}, {"numpy", "sklearn"}),
+    "_saving": (
+        {
+            "_archive",
+            "_encoding",
+            "_offsets",
+            "_runtime",
+            "_sklearn_parts",
+            "_targets",
+            "base",
+            "knowledge",
+            "methods",
+            "modalities",
+            "rectifier",
+        },
+        {"sklearn"},
     ),
     "evaluation": (
         {"_patterns", "_runtime"},

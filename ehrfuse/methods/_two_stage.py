@@ -27,6 +27,7 @@ from ehrfuse._runtime import import_optional
 from ehrfuse.modalities import Events, EventSummary, Visits
 
 KNOWLEDGE_WEIGHT = 0.3  # of its words beside those of the notes, in stage 1
+MIN_ROWS, RARE = 5, "~(rare)"  # rows that must share a category, and the name of the others' column
 EDGE = 1e-6  # probabilities are kept this far from 0 and 1 before their log-odds are taken
 
 
@@ -54,7 +55,7 @@ class StructuredFeatures(TransformerMixin, BaseEstimator):
             if isinstance(modality, Events):
                 summary = EventSummary(
                     modality.columns_, max_codes=modality.max_codes, now=modality.now,
-                    remainder="drop",
+                    min_count=modality.min_count, remainder="drop",
                 )  # fmt: skip
                 self.readers_[name] = summary.fit(X[modality.columns_])
             elif not isinstance(modality, Visits):
@@ -85,9 +86,9 @@ class _Table(TransformerMixin, BaseEstimator):
         self.words_ = [c for c in seen if c not in self.numeric_]
         self.encoder_ = None
         if self.words_:
-            self.encoder_ = OneHotEncoder(
-                handle_unknown="ignore", min_frequency=5, sparse_output=False
-            ).fit(self._as_words(X))
+            self.common_ = {c: _common(words) for c, words in self._words(X).items()}
+            self.encoder_ = OneHotEncoder(handle_unknown="ignore", sparse_output=False)
+            self.encoder_.fit(self._as_words(X))
         return self
 
     def transform(self, X):
@@ -98,9 +99,20 @@ class _Table(TransformerMixin, BaseEstimator):
             parts.append(pd.DataFrame(found, columns=names, index=X.index))
         return pd.concat(parts, axis=1)
 
-    def _as_words(self, X):
+    def _words(self, X):
         table = X[self.words_].astype(object)
         return table.where(table.notna(), "(none)").astype(str)
+
+    def _as_words(self, X):
+        """Rare words as one; the encoder would keep them, and with them what one patient said."""
+        return pd.DataFrame({
+            c: words.where(words.isin(self.common_[c]), RARE)
+            for c, words in self._words(X).items()
+        })  # fmt: skip
+
+
+def _common(words):
+    return words.value_counts().loc[lambda count: count >= MIN_ROWS].index.tolist()
 
 
 def _numbers(table):
@@ -148,7 +160,7 @@ def _visit_numbers(name, modality, X):
 
 
 class Words(TransformerMixin, BaseEstimator):
-    """TF-IDF of one column of text; no column where no word is common enough.
+    """TF-IDF of one column of text; zeros where no word is common enough.
 
     Parameters
     ----------
@@ -163,12 +175,12 @@ class Words(TransformerMixin, BaseEstimator):
         """Learn words and pairs from training notes."""
         texts = _texts(X)
         self.vectorizer_ = TfidfVectorizer(
-            ngram_range=(1, 2), sublinear_tf=True, min_df=min(self.min_count, max(1, len(texts))),
+            ngram_range=(1, 2), sublinear_tf=True, min_df=self.min_count,
             max_features=self.max_words,
         )  # fmt: skip
         try:
             self.vectorizer_.fit(texts)
-        except ValueError:  # no word is common enough
+        except ValueError:  # no word is common enough, or there are fewer texts than that
             self.vectorizer_ = None
         return self
 
@@ -176,7 +188,7 @@ class Words(TransformerMixin, BaseEstimator):
         """Weights, sparse."""
         texts = _texts(X)
         if self.vectorizer_ is None:
-            return np.zeros((len(texts), 0))
+            return np.zeros((len(texts), 1))  # scikit-learn refuses tables without a column
         return self.vectorizer_.transform(texts)
 
 

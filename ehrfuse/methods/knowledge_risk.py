@@ -300,7 +300,7 @@ class KnowledgeAugmentedRiskModel(TorchClassifier):
         folds = two.folds_of(y, groups, self.n_splits, seed)
         task = _Task(self._reader(seed), self._n_classes, self.rationale, self.rationale_dim, seed)
         task.fit_reader(frame, y, folds, self._sentences)
-        Z = task.join(numbers, *task.held_out)
+        Z = task.join(numbers, *vars(task).pop("held_out"))  # of training rows: not to be kept
         stage2 = two.second_stage(self.stage2, self._class_weight(), seed)
         held_out = np.zeros((len(y), self._n_classes))
         if self.calibrate is not None or isinstance(self.threshold, str | tuple | list):

@@ -95,6 +95,8 @@ class EventsToVisits(_Converter):
         The latest visits of a row are kept; None keeps all.
     max_codes : int, default=200
         Codes kept, the most frequent in `fit`.
+    min_count : int, default=1
+        Training rows that must hold a code for it to be kept; raise it where codes are free text.
 
     Attributes
     ----------
@@ -137,6 +139,7 @@ class EventsToVisits(_Converter):
         now=0.0,
         max_visits=None,
         max_codes=200,
+        min_count=1,
     ):
         self.column = column
         self.bin = bin
@@ -145,6 +148,7 @@ class EventsToVisits(_Converter):
         self.now = now
         self.max_visits = max_visits
         self.max_codes = max_codes
+        self.min_count = min_count
 
     def fit(self, X, y=None):
         """Learn the codes.
@@ -161,10 +165,12 @@ class EventsToVisits(_Converter):
         self._check(X)
         check_width(self.bin)
         check_count(self.max_codes, "max_codes")
+        check_count(self.min_count, "min_count")
         if self.max_visits is not None:
             check_count(self.max_visits, "max_visits")
         records = self._records(X)
-        codes, valued = learn_codes(records, event_values(records), self.max_codes)
+        values = event_values(records)
+        codes, valued = learn_codes(records, values, self.max_codes, self.min_count)
         self.numbers_ = [code for code in codes if code in valued]
         self.fields_ = {}
         for code in codes:

@@ -199,7 +199,8 @@ class StreamTokens(Tokens):
 
     def _learn(self, cells):
         records, values = self._records(cells)
-        self.codes_, valued = learn_codes(records, values, self.declared.max_codes)
+        declared = self.declared
+        self.codes_, valued = learn_codes(records, values, declared.max_codes, declared.min_count)
         self.maskable_ = np.array([code in valued for code in self.codes_] or [False])
         self.time_scale_ = float(np.abs(self.declared.now - records.time).max(initial=0.0)) or 1.0
         code = code_ids(records, self.codes_)

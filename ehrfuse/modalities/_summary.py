@@ -22,14 +22,24 @@ MAX_CATEGORIES = 255  # of a column, what scikit-learn's boosting can hold
 TIMELESS = ("count", "time_since")  # what a code without values still has
 
 
-def learn_codes(records: Records, values: np.ndarray, max_codes: int) -> tuple[list[str], set[str]]:
-    """The most frequent codes in a fixed order, and those of them that carry values."""
+def learn_codes(
+    records: Records, values: np.ndarray, max_codes: int, min_count: int = 1
+) -> tuple[list[str], set[str]]:
+    """The most frequent codes of at least `min_count` rows, in a fixed order; those with values."""
     code, words = records.strings("code")
     seen = np.bincount(code[code >= 0], minlength=len(words))
+    seen[n_rows(records.row, code, len(words)) < min_count] = 0
     valued = np.bincount(code[(code >= 0) & ~np.isnan(values)], minlength=len(words))
     ranked = sorted(range(len(words)), key=lambda j: (-seen[j], words[j]))
     kept = sorted(words[j] for j in ranked[:max_codes] if seen[j])
     return kept, {words[j] for j in np.flatnonzero(valued)}
+
+
+def n_rows(row: np.ndarray, code: np.ndarray, n_codes: int) -> np.ndarray:
+    """How many rows hold every code."""
+    known = code >= 0
+    pairs = np.unique(row[known] * max(1, n_codes) + code[known])
+    return np.bincount(pairs % max(1, n_codes), minlength=n_codes)
 
 
 def code_ids(records: Records, codes: list[str]) -> np.ndarray:
@@ -73,13 +83,15 @@ class SummaryPlan:
     now: float
 
     @classmethod
-    def learn(cls, records, values, max_codes, now, n_windows=0, statistics=STATISTICS):
+    def learn(
+        cls, records, values, max_codes, now, n_windows=0, statistics=STATISTICS, min_count=1
+    ):
         """From training rows: the plan, and the table of those rows.
 
         Numbers that no training row has are left out: a code that never carries a value keeps count
         and time_since only.
         """
-        codes, valued = learn_codes(records, values, max_codes)
+        codes, valued = learn_codes(records, values, max_codes, min_count)
         windows = [f"mean_{w}of{n_windows}" for w in range(1, n_windows + 1)]
         windows += [*RECENT, *DIFFERENCES] if n_windows else []
         columns = [*STATISTICS, *windows]
@@ -196,6 +208,8 @@ class EventSummary(TransformerMixin, BaseEstimator):
         time_since.
     max_codes : int, default=200
         Keep at most this many codes a column, the most frequent in `fit`.
+    min_count : int, default=1
+        Training rows that must hold a code for it to be kept; raise it where codes are free text.
     windows : int, default=0
         Add the mean of every one of so many equal time windows between the earliest training event
         and `now`; the mean, lowest and highest value of the last half window; and how far the last
@@ -243,6 +257,7 @@ class EventSummary(TransformerMixin, BaseEstimator):
         statistics=STATISTICS,
         windows=0,
         max_codes=200,
+        min_count=1,
         now=0.0,
         remainder="passthrough",
     ):
@@ -250,6 +265,7 @@ class EventSummary(TransformerMixin, BaseEstimator):
         self.statistics = statistics
         self.windows = windows
         self.max_codes = max_codes
+        self.min_count = min_count
         self.now = now
         self.remainder = remainder
 
@@ -284,13 +300,14 @@ class EventSummary(TransformerMixin, BaseEstimator):
         self.left_out_ = [c for c in others if c not in passed]
         check_count(self.windows, "windows", 0)
         check_count(self.max_codes, "max_codes")
+        check_count(self.min_count, "min_count")
         self.plans_ = {}
         for column in self.columns_:
             records = read_records(X[column], ("time", "code"))
             records.refuse_future(self.now)
             self.plans_[column], _ = SummaryPlan.learn(
                 records, event_values(records), self.max_codes, self.now, self.windows,
-                self.statistics,
+                self.statistics, self.min_count,
             )  # fmt: skip
         self.feature_names_in_ = np.asarray(X.columns, dtype=object)
         self.n_features_in_ = X.shape[1]

@@ -9,7 +9,7 @@ from ehrfuse._runtime import check_option
 from ehrfuse.modalities._base import Modality, check_count
 from ehrfuse.modalities._numbers import RobustScale, build_features, numeric_features
 from ehrfuse.modalities._streams import Records, encode_strings, read_records
-from ehrfuse.modalities._summary import SummaryPlan, code_ids, event_values
+from ehrfuse.modalities._summary import SummaryPlan, code_ids, event_values, n_rows
 from ehrfuse.modalities._visits import bin_events, check_width, mean_of
 from ehrfuse.nn.encoders import EventEncoder, TableEncoder, VisitEncoder
 from ehrfuse.nn.timeline import VisitInput
@@ -44,6 +44,8 @@ class Events(Modality):
         The raw stream keeps the latest events of a row; the summary reads all.
     max_codes : int, default=200
         Codes kept, the most frequent in `fit`; others are left out.
+    min_count : int, default=1
+        Training rows that must hold a code for it to be kept; raise it where codes are free text.
     n_bins : int, default=8
         Bins of the piecewise-linear encoding of every statistic.
     dropout : float, default=0.2
@@ -69,6 +71,7 @@ class Events(Modality):
         stream=False,
         max_events=512,
         max_codes=200,
+        min_count=1,
         n_bins=8,
         dropout=0.2,
         column_dropout=0.5,
@@ -81,13 +84,14 @@ class Events(Modality):
         self.stream = stream
         self.max_events = max_events
         self.max_codes = max_codes
+        self.min_count = min_count
         self.n_bins = n_bins
         self.dropout = dropout
         self.column_dropout = column_dropout
 
     def _check_params(self):
         check_option(self.time_unit, "time_unit", UNITS)
-        for name in ("max_events", "max_codes", "n_bins"):
+        for name in ("max_events", "max_codes", "min_count", "n_bins"):
             check_count(getattr(self, name), name)
         check_count(self.windows, "windows", 0)
         if not (self.summary or self.stream):
@@ -98,7 +102,7 @@ class Events(Modality):
         records.refuse_future(self.now)
         values = event_values(records)
         self.plan_, table = SummaryPlan.learn(
-            records, values, self.max_codes, self.now, self.windows
+            records, values, self.max_codes, self.now, self.windows, min_count=self.min_count
         )
         self.codes_ = self.plan_.codes
         self.time_scale_ = _scale_of(self.now - records.time)
@@ -171,8 +175,10 @@ class EventVisits(Events):
 
     Parameters
     ----------
-    columns, time_unit, now, summary, windows, stream, max_events, max_codes, n_bins : optional
+    columns, time_unit, now, summary, windows, stream, max_events, max_codes, min_count : optional
         As in `Events`; the raw stream is not given.
+    n_bins : int
+        As in `Events`.
     dropout, column_dropout : float
         As in `Events`.
     bin : float, default=1.0
@@ -192,6 +198,7 @@ class EventVisits(Events):
         stream=False,
         max_events=512,
         max_codes=200,
+        min_count=1,
         n_bins=8,
         dropout=0.2,
         column_dropout=0.5,
@@ -200,8 +207,8 @@ class EventVisits(Events):
     ):
         super().__init__(
             columns, time_unit=time_unit, now=now, summary=summary, windows=windows, stream=stream,
-            max_events=max_events, max_codes=max_codes, n_bins=n_bins, dropout=dropout,
-            column_dropout=column_dropout,
+            max_events=max_events, max_codes=max_codes, min_count=min_count, n_bins=n_bins,
+            dropout=dropout, column_dropout=column_dropout,
         )  # fmt: skip
         self.bin = bin
         self.max_visits = max_visits
@@ -262,6 +269,8 @@ class Visits(Modality):
         The latest visits are kept.
     max_codes : int, default=500
         Codes kept over all code fields, the most frequent in `fit`.
+    min_count : int, default=1
+        Training rows that must hold a code for it to be kept; raise it where codes are free text.
 
     Attributes
     ----------
@@ -272,17 +281,21 @@ class Visits(Modality):
 
     _one_column = True
 
-    def __init__(self, columns, *, time_unit="d", now=0.0, max_visits=64, max_codes=500):
+    def __init__(
+        self, columns, *, time_unit="d", now=0.0, max_visits=64, max_codes=500, min_count=1
+    ):
         super().__init__(columns)
         self.time_unit = time_unit
         self.now = now
         self.max_visits = max_visits
         self.max_codes = max_codes
+        self.min_count = min_count
 
     def _check_params(self):
         check_option(self.time_unit, "time_unit", UNITS)
         check_count(self.max_visits, "max_visits")
         check_count(self.max_codes, "max_codes")
+        check_count(self.min_count, "min_count")
 
     def _learn(self, cells):
         records = read_records(self._only(cells), ("time",))
@@ -292,9 +305,13 @@ class Visits(Modality):
         self.code_fields_ = sorted(set(fields) - set(self.numeric_fields_))
         self.time_scale_ = _scale_of(self.now - records.time)
         self.scale_ = RobustScale.learn(self._numbers(records))
-        found, _ = self._code_words(records)
-        words, counts = np.unique(np.asarray(found, dtype=object), return_counts=True)
-        ranked = sorted(zip(-counts, words, strict=True))[: self.max_codes]
+        found, visits = self._code_words(records)
+        words, place, counts = np.unique(
+            np.asarray(found, dtype=object), return_inverse=True, return_counts=True
+        )
+        counts[n_rows(records.row[visits], place, len(words)) < self.min_count] = 0
+        ranked = sorted((-n, word) for n, word in zip(counts, words, strict=True) if n)
+        ranked = ranked[: self.max_codes]
         self.codes_ = sorted(word for _, word in ranked)
 
     def _numbers(self, records):

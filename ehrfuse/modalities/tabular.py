@@ -45,6 +45,10 @@ class Tabular(Modality):
         On the token.
     column_dropout : float, default=0.5
         Share of the columns hidden from every training row.
+    min_count : int, default=2
+        A category is kept when at least this many training rows hold it; the others share the code
+        of values unseen in fit. It ends up in the fitted estimator, so raise this where cells are
+        typed by hand.
 
     Attributes
     ----------
@@ -53,14 +57,16 @@ class Tabular(Modality):
         Known values of every categorical column.
     """
 
-    def __init__(self, columns, *, n_bins=8, dropout=0.2, column_dropout=0.5):
+    def __init__(self, columns, *, n_bins=8, dropout=0.2, column_dropout=0.5, min_count=2):
         super().__init__(columns)
         self.n_bins = n_bins
         self.dropout = dropout
         self.column_dropout = column_dropout
+        self.min_count = min_count
 
     def _check_params(self):
         check_count(self.n_bins, "n_bins")
+        check_count(self.min_count, "min_count")
 
     def _learn(self, cells):
         self.numeric_ = [c for c in cells if is_number_column(cells[c])]
@@ -68,7 +74,7 @@ class Tabular(Modality):
         for column in words.values():
             _refuse_containers(column)
         self.categories_ = {
-            c: pd.Index(sorted(found.astype(object).unique(), key=str), dtype=object)
+            c: pd.Index(sorted(_common(found, self.min_count), key=str), dtype=object)
             for c, found in words.items()
         }
         self.origin_ = read_origin(cells, self.numeric_)
@@ -124,6 +130,8 @@ class TabNetTabular(Tabular):
     mask_type : {"sparsemax", "entmax"}, default="entmax"
     cat_emb_dim : int or None, default=None
         Width of a category's vector; None grows with the number of categories, to at most 16.
+    min_count : int, default=2
+        Training rows that must hold a category, as in `Tabular`.
 
     Attributes
     ----------
@@ -146,8 +154,11 @@ class TabNetTabular(Tabular):
         momentum=0.02,
         mask_type="entmax",
         cat_emb_dim=None,
+        min_count=2,
     ):
-        super().__init__(columns, n_bins=n_bins, dropout=0.0, column_dropout=0.0)
+        super().__init__(
+            columns, n_bins=n_bins, dropout=0.0, column_dropout=0.0, min_count=min_count
+        )
         self.n_a = n_a
         self.n_steps = n_steps
         self.gamma = gamma
@@ -200,6 +211,12 @@ def check_sizes(params):
             raise ValueError(f"{name}={value!r} must lie between {low:g} and {high:g}.")
     if params.mask_type is not None:
         check_option(params.mask_type, "mask_type", ("sparsemax", "entmax"))
+
+
+def _common(column, min_count):
+    """Values that enough rows hold; what one patient alone has is not stored."""
+    count = column.astype(object).value_counts()
+    return count.index[count >= min_count]
 
 
 def _codes(column, known):

@@ -55,6 +55,19 @@ def test_statistics_by_hand():
     assert list(table) == list(EventSummary().fit(frame(CELLS)).get_feature_names_out())
 
 
+def test_codes_that_few_rows_hold():
+    twice = [event(-1.0, "HR", 80.0), event(-2.0, "HR", 81.0), event(-1.0, "RR", 12.0)]
+    X = frame([twice, [event(-1.0, "RR", 14.0)], None])
+    assert Events("course").fit(X).codes_ == ["HR", "RR"]
+    assert Events("course", min_count=2).fit(X).codes_ == ["RR"]  # rows, not records
+    assert all("RR" in name for name in EventSummary(min_count=2).fit(X).get_feature_names_out())
+    visits = [{"time": -1.0, "dx": ["a", "b"]}, {"time": -2.0, "dx": ["a"]}]
+    X = pd.DataFrame({"v": pd.Series([visits, [{"time": -1.0, "dx": ["b"]}], None], dtype=object)})
+    assert Visits("v").fit(X).codes_ == ["dx:a", "dx:b"]
+    assert Visits("v", min_count=2).fit(X).codes_ == ["dx:b"]
+    assert Visits("v", min_count=3).fit(X).codes_ == []
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(

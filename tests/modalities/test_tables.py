@@ -54,7 +54,7 @@ def frame():
 
 
 def test_kinds_of_columns(frame):
-    tabular = Tabular(list(frame)).fit(frame)
+    tabular = Tabular(list(frame), min_count=1).fit(frame)
     assert tabular.numeric_ == ["age", "smoker", "odd"]
     assert list(tabular.categories_) == ["sex", "unit"]
     block = tabular.transform(frame)
@@ -64,11 +64,17 @@ def test_kinds_of_columns(frame):
 
 
 def test_unseen_category_is_unknown_and_null_is_null(frame):
-    tabular = Tabular(["sex"]).fit(frame)
+    tabular = Tabular(["sex"], min_count=1).fit(frame)
     other = pd.DataFrame({"sex": ["X", None, "M"]})
     block = tabular.transform(other)
     assert block.arrays["codes"].ravel().tolist() == [1, 0, 3]
     assert block.present.tolist() == [True, False, True]
+
+
+def test_rare_categories_share_the_code_of_unknown_ones(frame):
+    tabular = Tabular(["sex"]).fit(frame)
+    assert tabular.categories_["sex"].tolist() == ["F"]  # one row alone has "M"
+    assert tabular.transform(frame).arrays["codes"].ravel().tolist() == [2, 1, 0, 2]
 
 
 def test_selector_of_columns(frame):

@@ -56,12 +56,17 @@ def main():
     options = parser(__doc__.splitlines()[0], SECTIONS)
     options.add_argument("--models", nargs="+", help="only these models, by name or part of it")
     options.add_argument("--n-folds", type=int, help="only the first so many folds")
+    options.add_argument(
+        "--full", action="store_true", help="all models, stacking, protocols c and e, more patients"
+    )
     options.add_argument("--splits", type=Path, help="c: folder of index files, phy12_split*.npy")
     args = parse(options)
     run = {
         "p12": p12, "c": protocol_c, "e": protocol_e, "diabetes": diabetes, "mimic": mimic,
         "synpuf": synpuf, "prenatal": prenatal,
     }  # fmt: skip
+    if set(args.only) == set(SECTIONS) and not args.full:
+        args.only = [section for section in args.only if section not in ("c", "e")]
     finish(args, [r for section in args.only for r in run[section](args)])
 
 
@@ -157,7 +162,7 @@ def networks(modalities, groups=None, **epochs):
 
 
 def _chosen(models, args):
-    """Models by name; --quick takes one of each kind."""
+    """Models by name; --quick takes one of each kind, --full also what takes hours."""
     if args.models:
         exact = set(args.models) & set(models)
         parts = set(args.models) - exact
@@ -167,7 +172,8 @@ def _chosen(models, args):
     if args.quick:
         keep = (TREES, RAPT, f"{RAPT}(no pretraining)", "SequenceClassifier(grud)")
         return {n: m for n, m in models.items() if n in keep}
-    return models
+    slow = ("attention", "no summary", "stacking", "generated")
+    return {n: m for n, m in models.items() if args.full or not any(word in n for word in slow)}
 
 
 def _run(args, cohort, models, extra=()):
@@ -365,7 +371,7 @@ def _visits(args, name, task, load, n_folds=5):
 
 def diabetes(args):
     """Readmission within 30 days, a sample of patients with all their encounters."""
-    n = 1_000 if args.quick else 5_000
+    n = 5_000 if args.full else 1_000 if args.quick else 2_000
     name = f"diabetes-130, {n:,} patients" + (", 2 folds" if args.quick else "")
     return _visits(args, name, "readmitted within 30 days", lambda f: _sequences.diabetes(f, n))
 
@@ -378,7 +384,7 @@ def mimic(args):
 
 def synpuf(args):
     """Negative control: claims in which nothing follows from what was before."""
-    n = 1_000 if args.quick else 4_000
+    n = 4_000 if args.full else 1_000
     name = f"cms-synpuf (synthetic), {n:,} beneficiaries" + (", 2 folds" if args.quick else "")
     return _visits(args, name, "readmitted within 30 days", lambda f: _sequences.synpuf(f, n))
 
@@ -388,7 +394,7 @@ def synpuf(args):
 
 def prenatal(args):
     """The paper's four tasks on simulated women: 0.7, 0.1 and 0.2 in five folds."""
-    n = 300 if args.quick else 1_500
+    n = 1_500 if args.full else 300 if args.quick else 600
     tasks = ("hypertension",) if args.quick else ("diabetes", "hypertension", "weekly_risk")
     rows = [r for task in tasks for r in _prenatal_task(args, task, n)]
     return rows + _last_week(args, n)

@@ -180,6 +180,24 @@ def check_present(X, modalities) -> pd.DataFrame:
     return present
 
 
+def estimator_modalities(estimator) -> Mapping:
+    """The modalities that an estimator names, itself or one inside it."""
+    inner = estimator
+    while inner is not None:
+        for name in ("modalities_", "modalities"):
+            if isinstance(getattr(inner, name, None), Mapping):
+                return getattr(inner, name)
+        steps = getattr(inner, "steps", None)  # of a pipeline: its last one predicts
+        if steps:
+            inner = steps[-1][1]
+            continue
+        inner = getattr(inner, "best_estimator_", getattr(inner, "estimator", None))
+    raise ValueError(
+        f"{type(estimator).__name__} names no modalities; give them, as a dict of name to "
+        "columns, such as {'labs': ['sodium', 'lactate']}."
+    )
+
+
 def find_patterns(X, modalities, *, min_count=1, max_patterns=None) -> Patterns:
     """Patterns of X; those of fewer than `min_count` rows or beyond `max_patterns` are pooled."""
     present = check_present(X, modalities)

@@ -1,13 +1,12 @@
 """Pictures of missing patterns; matplotlib is needed only when one is drawn."""
 
 import textwrap
-from collections.abc import Mapping
 
 import numpy as np
 from sklearn.utils import check_scalar
 
 from ehrfuse._runtime import import_optional
-from ehrfuse.evaluation._inputs import check_labels, check_present
+from ehrfuse.evaluation._inputs import check_labels, check_present, estimator_modalities
 from ehrfuse.evaluation.missingness import pattern_table
 
 # Okabe and Ito's colours: told apart with any colour vision, and in grey print.
@@ -160,16 +159,7 @@ class MissingPatternDisplay:
         -------
         display : MissingPatternDisplay
         """
-        inner = estimator
-        while inner is not None:
-            for name in ("modalities_", "modalities"):
-                if isinstance(getattr(inner, name, None), Mapping):
-                    return cls.from_frame(X, getattr(inner, name), y, **options)
-            inner = getattr(inner, "estimator", None)
-        raise ValueError(
-            f"{type(estimator).__name__} names no modalities; "
-            "use from_frame(X, modalities, y) and say there which columns they have."
-        )
+        return cls.from_frame(X, estimator_modalities(estimator), y, **options)
 
     def plot(self, *, figure=None):
         """Draw the picture.

@@ -13,6 +13,7 @@ PACKAGE = Path(ehrfuse.__file__).parent
 HEAVY = {
     "transformers", "tokenizers", "pytorch_tabnet", "matplotlib", "duckdb", "PIL", "pooch", "peft",
     "bm25s", "graspologic_native", "ahocorasick", "rapidfuzz", "xgboost", "imblearn", "ibis",
+    "mapie",
 }  # fmt: skip
 
 # Layer -> what it may import: our own layers, then packages beside the standard library.
@@ -70,7 +71,7 @@ LAYERS = {
         {"numpy", "pandas", "scipy", "sklearn", "torch", "xgboost", "imblearn"},
     ),
     "evaluation": (
-        {"_patterns", "_runtime"},
+        {"_patterns", "_progress", "_runtime"},
         {"numpy", "pandas", "pyarrow", "sklearn", "scipy", "matplotlib"},
     ),
     "datasets": (

@@ -1,7 +1,15 @@
 """Honest evaluation of any scikit-learn estimator on data with missing modalities."""
 
+from ehrfuse.evaluation._tables import Comparison
 from ehrfuse.evaluation.attention import AttentionChangeDisplay
+from ehrfuse.evaluation.comparison import compare
 from ehrfuse.evaluation.contribution import modality_contribution
+from ehrfuse.evaluation.decisions import (
+    calibration_table,
+    decision_curve,
+    expected_calibration_error,
+    net_benefit,
+)
 from ehrfuse.evaluation.displays import MissingPatternDisplay
 from ehrfuse.evaluation.explanations import explain_in_words, sensitivity, silhouette_report
 from ehrfuse.evaluation.folds import out_of_fold
@@ -14,14 +22,20 @@ from ehrfuse.evaluation.timelines import EmbeddingDisplay, TimelineDisplay
 __all__ = [
     "METRICS",
     "AttentionChangeDisplay",
+    "Comparison",
     "EmbeddingDisplay",
     "MissingPatternDisplay",
     "TimelineDisplay",
     "bootstrap_scores",
+    "calibration_table",
+    "compare",
     "contribution_scorer",
+    "decision_curve",
+    "expected_calibration_error",
     "explain_in_words",
     "masked_scorer",
     "modality_contribution",
+    "net_benefit",
     "out_of_fold",
     "outcome_by_pattern",
     "paired_difference",

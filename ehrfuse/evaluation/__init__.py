@@ -3,6 +3,7 @@
 from ehrfuse.evaluation._tables import Comparison
 from ehrfuse.evaluation.attention import AttentionChangeDisplay
 from ehrfuse.evaluation.comparison import compare
+from ehrfuse.evaluation.conformal import ConformalByPattern
 from ehrfuse.evaluation.contribution import modality_contribution
 from ehrfuse.evaluation.decisions import (
     calibration_table,
@@ -23,6 +24,7 @@ __all__ = [
     "METRICS",
     "AttentionChangeDisplay",
     "Comparison",
+    "ConformalByPattern",
     "EmbeddingDisplay",
     "MissingPatternDisplay",
     "TimelineDisplay",

@@ -5,6 +5,7 @@ from ehrfuse.evaluation.attention import AttentionChangeDisplay
 from ehrfuse.evaluation.comparison import compare
 from ehrfuse.evaluation.conformal import ConformalByPattern
 from ehrfuse.evaluation.contribution import modality_contribution
+from ehrfuse.evaluation.curves import DecisionCurveDisplay, PatternCalibrationDisplay
 from ehrfuse.evaluation.decisions import (
     calibration_table,
     decision_curve,
@@ -19,15 +20,27 @@ from ehrfuse.evaluation.missingness import outcome_by_pattern, presence_informat
 from ehrfuse.evaluation.scorers import contribution_scorer, masked_scorer, worst_group_scorer
 from ehrfuse.evaluation.slices import score_by_pattern, score_by_subgroup
 from ehrfuse.evaluation.timelines import EmbeddingDisplay, TimelineDisplay
+from ehrfuse.evaluation.training import (
+    ComparisonDisplay,
+    ContributionDisplay,
+    KnowledgeEvidenceDisplay,
+    TrainingHistoryDisplay,
+)
 
 __all__ = [
     "METRICS",
     "AttentionChangeDisplay",
     "Comparison",
+    "ComparisonDisplay",
     "ConformalByPattern",
+    "ContributionDisplay",
+    "DecisionCurveDisplay",
     "EmbeddingDisplay",
+    "KnowledgeEvidenceDisplay",
     "MissingPatternDisplay",
+    "PatternCalibrationDisplay",
     "TimelineDisplay",
+    "TrainingHistoryDisplay",
     "bootstrap_scores",
     "calibration_table",
     "compare",

@@ -1,6 +1,7 @@
 """The result of a comparison, and how it is printed."""
 
 import html
+import re
 
 import numpy as np
 
@@ -191,7 +192,7 @@ def _latex(header, rows):
 def _escaped(text):
     text = "".join(_LATEX.get(letter, letter) for letter in str(text))
     # A minus sign, not a hyphen, before a number.
-    return " ".join(f"${w}$" if w[:1] in "+-" and w[1:2].isdigit() else w for w in text.split(" "))
+    return re.sub(r"(?<![\w$])[+-]\d+\.\d+", lambda number: f"${number.group()}$", text)
 
 
 def _html(header, rows):

@@ -250,7 +250,8 @@ class ConformalByPattern(BaseEstimator):
                 "calibrate one task at a time."
             )
         check_is_fitted(self.estimator)
-        unknown = sorted(set(pd.unique(np.asarray(y))) - set(self.estimator.classes_), key=str)
+        known = np.asarray(self.estimator.classes_).tolist()
+        unknown = sorted(set(np.asarray(y).tolist()) - set(known), key=str)
         if unknown:
             raise ValueError(f"y holds classes that the estimator has not seen: {unknown[:5]}.")
 

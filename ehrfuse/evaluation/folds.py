@@ -1,5 +1,6 @@
 """Out-of-fold predictions where labels may be unknown and patients repeat."""
 
+import warnings
 from numbers import Integral
 
 import numpy as np
@@ -98,7 +99,9 @@ def make_splits(y, cv, groups=None, seed=None):
         cv = kind(cv, **shuffle)
         if seed is not None and not several:
             strata = np.nan_to_num(check_labels(y).labels[:, 0], nan=2.0)  # unknown: a class
-    splits = list(cv.split(np.zeros(n_rows), strata, groups))
+    with warnings.catch_warnings():  # a splitter without eyes for groups is found out below
+        warnings.filterwarnings("ignore", message="The groups parameter is ignored")
+        splits = list(cv.split(np.zeros(n_rows), strata, groups))
     for train, test in splits if groups is not None else ():
         both = np.intersect1d(groups[train], groups[test])
         if len(both):

@@ -60,6 +60,15 @@ class ProgressMixin(CallbackSupportMixin):
                 context.call_on_fit_task_end(estimator=self)
 
 
+def progress_bar(total, name, unit, verbose=None):
+    """Bar over many fits: None shows it at a terminal or in a notebook, True always, False never.
+
+    None where there is nothing to show: even a disabled bar starts a thread.
+    """
+    shown = _watched() if verbose is None else bool(verbose)
+    return tqdm(total=total, desc=name, unit=unit, leave=False) if shown else None
+
+
 def _watched():
     """Whether somebody looks: a terminal or a notebook, and not a worker process."""
     if multiprocessing.parent_process() is not None:

@@ -280,7 +280,10 @@ class TorchEstimator(ProgressMixin, Handover, BaseEstimator):
         if y is None:  # raises the usual message where y is required
             validate_data(self, X, y, reset=reset, skip_check_array=True)
         X = validate_data(self, X, reset=reset, ensure_all_finite="allow-nan")
-        return pd.DataFrame(X, columns=[f"x{j}" for j in range(X.shape[1])])
+        names = [f"x{j}" for j in range(X.shape[1])]
+        if not reset:  # an array after a frame: by position, as scikit-learn takes it
+            names = list(getattr(self, "feature_names_in_", names))
+        return pd.DataFrame(X, columns=names)
 
     def _own_columns(self, X, reset):
         """Cut X to the columns of the declared modalities, plus the groups column in fit."""

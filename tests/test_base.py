@@ -548,3 +548,12 @@ def test_rows_whose_patient_is_not_told_are_patients_of_their_own(cohort, modali
     X = cohort.X.assign(subject_id=np.nan)
     groups = clf._data(clf._frame(X, reset=False)).groups
     assert len(np.unique(groups)) == len(X)
+
+
+def test_an_array_after_a_frame_is_read_by_position():
+    rng = np.random.default_rng(0)
+    X = pd.DataFrame(rng.normal(size=(60, 2)), columns=["age", "hr"])
+    clf = FusionClassifier(max_epochs=1, n_members=2, random_state=0).fit(X, np.arange(60) % 2)
+    with pytest.warns(UserWarning, match="does not have valid feature names"):
+        proba = clf.predict_proba(X.to_numpy())
+    np.testing.assert_array_equal(proba, clf.predict_proba(X))

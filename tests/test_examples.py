@@ -44,6 +44,8 @@ def blocks(page):
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
+# Packages of the extra `ecosystem`; .ci/ecosystem has them.
+ECOSYSTEM = {"shap", "fairlearn", "optuna", "optuna_integration", "skore", "mlflow", "skops"}
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
 
 
@@ -51,7 +53,11 @@ PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").
 def test_code_of_a_page(page, small):
     scope = {}
     for block in blocks(page):
-        exec(compile(block, page, "exec"), scope)
+        try:
+            exec(compile(block, page, "exec"), scope)
+        except ModuleNotFoundError as error:  # at the top of its block, so nothing ran
+            if page != "docs/ecosystem.md" or error.name not in ECOSYSTEM:
+                raise
 
 
 def test_ci_runs_the_commands_of_the_readme():

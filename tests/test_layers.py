@@ -14,6 +14,7 @@ HEAVY = {
     "transformers", "tokenizers", "pytorch_tabnet", "matplotlib", "duckdb", "PIL", "pooch", "peft",
     "bm25s", "graspologic_native", "ahocorasick", "rapidfuzz", "xgboost", "imblearn", "ibis",
     "skops", "huggingface_hub",
+    "mapie",
 }  # fmt: skip
 
 # Layer -> what it may import: our own layers, then packages beside the standard library.
@@ -90,7 +91,7 @@ LAYERS = {
         {"sklearn"},
     ),
     "evaluation": (
-        {"_patterns", "_runtime"},
+        {"_patterns", "_progress", "_runtime"},
         {"numpy", "pandas", "pyarrow", "sklearn", "scipy", "matplotlib"},
     ),
     "datasets": (

@@ -180,8 +180,29 @@ def check_present(X, modalities) -> pd.DataFrame:
     return present
 
 
-def find_patterns(X, modalities, *, min_count=1, max_patterns=None) -> Patterns:
-    """Patterns of X; those of fewer than `min_count` rows or beyond `max_patterns` are pooled."""
+def estimator_modalities(estimator) -> Mapping:
+    """The modalities that an estimator names, itself or one inside it."""
+    inner = estimator
+    while inner is not None:
+        for name in ("modalities_", "modalities"):
+            if isinstance(getattr(inner, name, None), Mapping):
+                return getattr(inner, name)
+        steps = getattr(inner, "steps", None)  # of a pipeline: its last one predicts
+        if steps:
+            inner = steps[-1][1]
+            continue
+        inner = getattr(inner, "best_estimator_", getattr(inner, "estimator", None))
+    raise ValueError(
+        f"{type(estimator).__name__} names no modalities; give them, as a dict of name to "
+        "columns, such as {'labs': ['sodium', 'lactate']}."
+    )
+
+
+def find_patterns(X, modalities, *, min_count=1, max_patterns=None, bands=1) -> Patterns:
+    """Patterns of X; those of fewer than `min_count` rows or beyond `max_patterns` are pooled.
+
+    With several `bands` what is pooled is divided by how many modalities a row has.
+    """
     present = check_present(X, modalities)
     clash = sorted(_TABLE_COLUMNS.intersection(present.columns))
     if clash:
@@ -200,8 +221,29 @@ def find_patterns(X, modalities, *, min_count=1, max_patterns=None) -> Patterns:
     rows = rank[np.ravel(rows)]
     # A lone rare pattern keeps its name: "other (1 pattern)" would say less.
     if len(kinds) - kept > 1:
-        pooled = pd.DataFrame([[f"other ({len(kinds) - kept} patterns)"]], columns=["pattern"])
+        sizes, names = flags[order][kept:].sum(axis=1), []
+        places = _bands(sizes, counts[order][kept:], bands)
+        for band in range(places.max() + 1):
+            own = sizes[places == band]
+            span = f", {_span(own)} of {flags.shape[1]}" if places.max() else ""
+            names.append(f"other ({len(own)} pattern{'s' * (len(own) > 1)}{span})")
+        pooled = pd.DataFrame({"pattern": names})
         pooled = pooled.reindex(columns=kinds.columns).astype(kinds.dtypes)
         kinds = pd.concat([kinds[:kept], pooled], ignore_index=True)
-        rows = np.minimum(rows, kept)
+        rows = np.concatenate([np.arange(kept), kept + places])[rows]
     return Patterns(kinds, rows, present)
+
+
+def _bands(sizes, counts, bands):
+    """Band of every pattern: those of one size together, the fullest first, rows about equal."""
+    levels = np.unique(sizes)[::-1]
+    mass = np.array([counts[sizes == level].sum() for level in levels])
+    middle = (np.cumsum(mass) - mass / 2) / mass.sum()
+    places = np.minimum((middle * bands).astype(int), bands - 1)
+    places = np.unique(places, return_inverse=True)[1]
+    return places[np.searchsorted(-levels, -sizes)]
+
+
+def _span(numbers):
+    low, high = int(numbers.min()), int(numbers.max())
+    return str(low) if low == high else f"{low} to {high}"

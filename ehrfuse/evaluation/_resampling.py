@@ -8,6 +8,7 @@ on predictions sorted once, not thousands of calls.
 import numpy as np
 from sklearn.utils import check_random_state
 
+N_BINS = 10  # of the calibration error
 CELLS_AT_ONCE = 1_000_000  # of the weight matrix: 8 MB stay in cache and bound the memory
 
 
@@ -57,9 +58,70 @@ def _log_loss(y, p, sample_weight=None):
     return _mean_loss(-np.log(np.clip(np.where(y == 1, p, 1 - p), eps, 1 - eps)), sample_weight)
 
 
-METRICS = {"auroc": _auroc, "auprc": _auprc, "brier": _brier, "log_loss": _log_loss}
+def calibration_bins(p, n_bins, strategy):
+    """Bin of every prediction, from 0; bins hold (lower, upper], as in `calibration_curve`."""
+    shares = np.linspace(0, 1, n_bins + 1)
+    edges = shares if strategy == "uniform" else np.quantile(p, shares)
+    return np.searchsorted(edges[1:-1], p)
+
+
+def _binned_error(strategy):
+    def error(y, p, sample_weight=None):
+        # Bins are those of all rows, so that every resample is scored on the same ones.
+        bins = calibration_bins(p, N_BINS, strategy)
+        gaps = np.where(bins[:, None] == np.arange(N_BINS), (y - p)[:, None], 0.0)
+        weights = as_weights(y, sample_weight)
+        with np.errstate(invalid="ignore"):
+            return np.abs(weights @ gaps).sum(axis=-1) / weights.sum(axis=-1)
+
+    return error
+
+
+def benefits(y, p, threshold):
+    """What each row adds to the net benefit: 1 for a true positive, less the odds for a false."""
+    odds = threshold / (1 - threshold)
+    return np.where(p >= threshold, y - (1 - y) * odds, 0.0)
+
+
+METRICS = {
+    "auroc": _auroc,
+    "auprc": _auprc,
+    "brier": _brier,
+    "log_loss": _log_loss,
+    "ece": _binned_error("quantile"),
+    "ece_uniform": _binned_error("uniform"),
+}
 """Metric name to function of (y, p, sample_weight); weights of (n_resamples, n_samples) give one
-score per resample. ``"auprc"`` is the average precision."""
+score per resample. ``"auprc"`` is the average precision; ``"ece"`` the expected calibration error
+over ten bins of equal counts, ``"ece_uniform"`` over ten of equal width. Wherever a metric is
+named, ``"net_benefit@0.2"`` is the net benefit at that threshold."""
+
+LOSSES = frozenset({"brier", "log_loss", "ece", "ece_uniform"})  # lower is better
+
+
+def metric_function(name):
+    """Function of a metric's name, or one sentence that says which there are."""
+    if isinstance(name, str) and name in METRICS:
+        return METRICS[name]
+    kind, _, threshold = str(name).partition("@")
+    try:
+        value = float(threshold)
+    except ValueError:
+        value = np.nan
+    if kind != "net_benefit" or not 0 < value < 1:
+        allowed = ", ".join(map(repr, METRICS))
+        raise ValueError(
+            f"metric={name!r} is not known; choose one of {allowed}, or 'net_benefit@T' with a "
+            "threshold T between 0 and 1, such as 'net_benefit@0.2'."
+        )
+    return lambda y, p, sample_weight=None: _mean_loss(benefits(y, p, value), sample_weight)
+
+
+def one_score(metric, y, p, sample_weight=None):
+    """Score of one task; NaN where its known labels are of one class or none."""
+    if len(y) == 0 or y.min() == y.max():
+        return np.nan
+    return float(metric_function(metric)(y, p, sample_weight))
 
 
 def resampled_weights(codes, n_resamples, random_state):
@@ -73,6 +135,35 @@ def resampled_weights(codes, n_resamples, random_state):
         drawn += n_groups * np.arange(size)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=size * n_groups)
         yield counts.reshape(size, n_groups)[:, codes].astype(float)
+
+
+def bootstrap_draws(tasks, probas, codes, metrics, n_resamples, random_state):
+    """Scores of every resample, shape (n_models, n_tasks, n_metrics, n_resamples).
+
+    All models and tasks are scored on the same resamples, so that differences are paired.
+    """
+    metrics = [metric_function(metric) for metric in metrics]
+    n_tasks = tasks.labels.shape[1]
+    draws = np.full((len(probas), n_tasks, len(metrics), n_resamples), np.nan)
+    done = 0
+    for weights in resampled_weights(codes, n_resamples, random_state):
+        end = done + len(weights)
+        for task, rows in enumerate(tasks.known.T):
+            if not rows.any():
+                continue
+            labels, some = tasks.labels[rows, task], weights[:, rows]
+            for model, proba in enumerate(probas):
+                for place, metric in enumerate(metrics):
+                    draws[model, task, place, done:end] = metric(labels, proba[rows, task], some)
+        done = end
+    return draws
+
+
+def centred(draws, estimate, metric):
+    """Draws without the excess of resampling: repeated rows look worse calibrated than they are."""
+    if not str(metric).startswith("ece") or np.isnan(draws).all():
+        return draws
+    return draws - (np.nanmean(draws) - estimate)
 
 
 def percentile_interval(draws, confidence):

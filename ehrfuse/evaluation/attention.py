@@ -4,11 +4,9 @@ import numpy as np
 import pandas as pd
 from sklearn.utils import check_scalar
 
-from ehrfuse._runtime import import_optional
+from ehrfuse.evaluation._style import BLUE, FONT, GREY, POOLED, clean, fitted, new_axes
 
 __all__ = ["AttentionChangeDisplay"]
-
-_BEFORE, _AFTER, _LINE = "#8FA9B8", "#0072B2", "#D9D9D9"
 
 
 class AttentionChangeDisplay:
@@ -112,18 +110,15 @@ class AttentionChangeDisplay:
             With `figure_` and `ax_` set.
         """
         check_scalar(max_columns, "max_columns", (int, np.integer), min_val=1)
-        pyplot = import_optional("matplotlib.pyplot", "plots")
         shown = self.table.head(max_columns)[::-1]
-        if ax is None:
-            size = (6.0, 1.0 + 0.3 * len(shown))
-            _, ax = pyplot.subplots(figsize=size, layout="constrained")
+        ax = new_axes(ax, 6.4, 1.0 + 0.3 * len(shown))
         rows = np.arange(len(shown))
-        ax.hlines(rows, shown["before"], shown["after"], color=_LINE, linewidth=3, zorder=1)
-        ax.scatter(shown["before"], rows, color=_BEFORE, zorder=2, label=self.labels[0])
-        ax.scatter(shown["after"], rows, color=_AFTER, zorder=3, label=self.labels[1])
-        ax.set_yticks(rows, shown.index)
-        ax.set_xlabel("share of attention")
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False)
+        ax.hlines(rows, shown["before"], shown["after"], color=GREY, linewidth=3, zorder=1)
+        ax.scatter(shown["before"], rows, color=POOLED, zorder=2, label=self.labels[0])
+        ax.scatter(shown["after"], rows, color=BLUE, zorder=3, label=self.labels[1])
+        ax.set_yticks(rows, [fitted(name, 30, 1) for name in shown.index])
+        ax.set_xlabel("share of attention", fontsize=FONT)
+        clean(ax, "x")
+        ax.legend(fontsize=FONT - 1, frameon=False)
         self.ax_, self.figure_ = ax, ax.figure
         return self

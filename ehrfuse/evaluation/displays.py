@@ -1,19 +1,21 @@
 """Pictures of missing patterns; matplotlib is needed only when one is drawn."""
 
 import textwrap
-from collections.abc import Mapping
 
 import numpy as np
 from sklearn.utils import check_scalar
 
 from ehrfuse._runtime import import_optional
-from ehrfuse.evaluation._inputs import check_labels, check_present
+from ehrfuse.evaluation._inputs import (
+    check_labels,
+    check_present,
+    estimator_modalities,
+    find_patterns,
+)
+from ehrfuse.evaluation._style import BLACK, BLUE, FONT, GREY, POOLED, VERMILLION, fitted
 from ehrfuse.evaluation.missingness import pattern_table
 
-# Okabe and Ito's colours: told apart with any colour vision, and in grey print.
-_BLUE, _VERMILLION, _BLACK, _GREY = "#0072B2", "#D55E00", "#222222", "#D9D9D9"
-_POOLED = "#8FA9B8"
-_FONT = 10
+_FEW, _MANY, _SHARE = 8, 16, 0.8  # patterns drawn by default
 
 
 class MissingPatternDisplay:
@@ -39,6 +41,9 @@ class MissingPatternDisplay:
         What a row is, in the plural.
     confidence : float, default=0.95
         Coverage of the intervals in `table`.
+    pooled_shares : DataFrame, default=None
+        For each pooled row of `table`, the share of its rows that have each modality, drawn as
+        dots of that area.
 
     Attributes
     ----------
@@ -71,7 +76,15 @@ class MissingPatternDisplay:
     """
 
     def __init__(
-        self, table, shares, *, overall_rate=None, outcome=None, unit="stays", confidence=0.95
+        self,
+        table,
+        shares,
+        *,
+        overall_rate=None,
+        outcome=None,
+        unit="stays",
+        confidence=0.95,
+        pooled_shares=None,
     ):
         self.table = table
         self.shares = shares
@@ -79,6 +92,7 @@ class MissingPatternDisplay:
         self.outcome = outcome
         self.unit = unit
         self.confidence = confidence
+        self.pooled_shares = pooled_shares
 
     @classmethod
     def from_frame(
@@ -89,7 +103,7 @@ class MissingPatternDisplay:
         *,
         groups=None,
         task=None,
-        max_patterns=12,
+        max_patterns=None,
         unit="stays",
         confidence=0.95,
         figure=None,
@@ -107,8 +121,10 @@ class MissingPatternDisplay:
             Patient of every row, or the column of X that holds it, for cluster-robust intervals.
         task : hashable, default=None
             Which column of `y` to draw; needed if it has several.
-        max_patterns : int, default=12
-            Patterns drawn one by one; rarer ones are pooled as ``"other (k patterns)"``.
+        max_patterns : int, default=None
+            Patterns drawn one by one; rarer ones are pooled as ``"other (k patterns)"``. None
+            draws those of four rows in five, sixteen at most (eight where these hold less than
+            half of the rows), and pools the others by how many modalities a row has.
         unit : str, default="stays"
             What a row is, in the plural.
         confidence : float, default=0.95
@@ -119,8 +135,10 @@ class MissingPatternDisplay:
         -------
         display : MissingPatternDisplay
         """
+        present, bands = check_present(X, modalities), 1
+        if max_patterns is None:
+            max_patterns, bands = _enough(present)
         check_scalar(max_patterns, "max_patterns", (int, np.integer), min_val=1)
-        present = check_present(X, modalities)
         labels, outcome = (None, None) if y is None else _choose_task(y, task)
         table = pattern_table(
             X,
@@ -128,6 +146,7 @@ class MissingPatternDisplay:
             y=labels,
             groups=groups,
             max_patterns=max_patterns,
+            bands=bands,
             confidence=confidence,
         )
         overall = None
@@ -140,6 +159,7 @@ class MissingPatternDisplay:
             outcome=outcome,
             unit=unit,
             confidence=confidence,
+            pooled_shares=_pooled_shares(X, modalities, max_patterns, bands),
         )
         return display.plot(figure=figure)
 
@@ -160,16 +180,7 @@ class MissingPatternDisplay:
         -------
         display : MissingPatternDisplay
         """
-        inner = estimator
-        while inner is not None:
-            for name in ("modalities_", "modalities"):
-                if isinstance(getattr(inner, name, None), Mapping):
-                    return cls.from_frame(X, getattr(inner, name), y, **options)
-            inner = getattr(inner, "estimator", None)
-        raise ValueError(
-            f"{type(estimator).__name__} names no modalities; "
-            "use from_frame(X, modalities, y) and say there which columns they have."
-        )
+        return cls.from_frame(X, estimator_modalities(estimator), y, **options)
 
     def plot(self, *, figure=None):
         """Draw the picture.
@@ -186,7 +197,7 @@ class MissingPatternDisplay:
         """
         pyplot = import_optional("matplotlib.pyplot", "plots")
         n_patterns, n_modalities = len(self.table), len(self.shares)
-        heights = [2.0, 0.32 * n_modalities + 0.1]
+        heights = [2.0, 0.32 * n_modalities + (1.4 if self._banded else 0.1)]
         if self.overall_rate is not None:
             heights.append(1.8)
         widths = [1.3, _panel_width(n_patterns)]
@@ -216,24 +227,42 @@ class MissingPatternDisplay:
             ax.axhspan(band - 0.5, band + 0.5, color="#F4F4F4", linewidth=0, zorder=0)
         for column, flag in enumerate(flags.itertuples(index=False)):
             if self._pooled[column]:
-                ax.plot([column] * 2, [rows[0], rows[-1]], color=_GREY, linestyle=":", zorder=1)
+                self._draw_pool(ax, column, rows)
                 continue
             there = rows[np.asarray(flag, dtype=bool)]
-            ax.scatter([column] * len(rows), rows, s=55, color=_GREY, linewidth=0, zorder=2)
-            ax.scatter([column] * len(there), there, s=60, color=_BLACK, linewidth=0, zorder=4)
+            ax.scatter([column] * len(rows), rows, s=55, color=GREY, linewidth=0, zorder=2)
+            ax.scatter([column] * len(there), there, s=60, color=BLACK, linewidth=0, zorder=4)
             if len(there) > 1:
-                ax.plot([column] * 2, [there[0], there[-1]], color=_BLACK, lw=2, zorder=3)
+                ax.plot([column] * 2, [there[0], there[-1]], color=BLACK, lw=2, zorder=3)
         ax.set_xlim(-0.6, len(flags) - 0.4)
         ax.set_ylim(len(rows) - 0.5, -0.5)
-        ax.set_yticks(rows, self.shares.index, fontsize=_FONT)
+        names = [fitted(name, 30, 1) for name in self.shares.index]
+        ax.set_yticks(rows, names, fontsize=FONT)
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
         self._label_columns(ax)
 
+    def _draw_pool(self, ax, column, rows):
+        """Dots of the area of a modality's share, or a dotted line where shares are not known."""
+        if self.pooled_shares is None:
+            ax.plot([column] * 2, [rows[0], rows[-1]], color=GREY, linestyle=":", zorder=1)
+            return
+        shares = self.pooled_shares.iloc[column - int((~self._pooled).sum())]
+        ax.scatter([column] * len(rows), rows, s=55, color=GREY, linewidth=0, zorder=2)
+        ax.scatter([column] * len(rows), rows, s=60 * shares, color=BLUE, linewidth=0, zorder=4)
+
     def _label_columns(self, ax):
-        """Name the pooled column under the dots; the others are named by their dots."""
-        names = np.where(self._pooled, self.table["pattern"].str.replace(" (", "\n("), "")
-        ax.set_xticks(range(len(names)), names, fontsize=_FONT - 1)
+        """Name the pooled columns under the dots; the others are named by their dots."""
+        names = self.table["pattern"].str.replace(" (", "\n(")
+        if self._banded:  # upright, since several stand side by side
+            names = names.str.replace("other\n(", "other ").str.removesuffix(")")
+            names = names.str.replace("(patterns?), ", "\\1:\n", regex=True)
+        ax.set_xticks(range(len(names)), np.where(self._pooled, names, ""), fontsize=FONT - 1,
+                      rotation=90 if self._banded else 0)  # fmt: skip
+
+    @property
+    def _banded(self):
+        return self._pooled.sum() > 1
 
     @property
     def _pooled(self):
@@ -241,52 +270,72 @@ class MissingPatternDisplay:
 
     def _draw_counts(self, ax):
         counts = self.table["n"].to_numpy()
-        colours = np.where(self._pooled, _POOLED, _BLUE)
+        colours = np.where(self._pooled, POOLED, BLUE)
         width = 0.68 * min(1, len(counts) / 5)  # two patterns should not make two walls
         bars = ax.bar(range(len(counts)), counts, width=width, color=colours)
-        ax.bar_label(bars, [f"{count:,}" for count in counts], fontsize=_FONT - 1, padding=2)
+        ax.bar_label(bars, [f"{count:,}" for count in counts], fontsize=FONT - 1, padding=2)
         ax.set_ylim(0, 1.15 * counts.max())
-        ax.set_ylabel(self.unit, fontsize=_FONT)
+        ax.set_ylabel(self.unit, fontsize=FONT)
         ax.yaxis.set_major_formatter("{x:,.0f}")
         ax.yaxis.get_major_locator().set_params(integer=True, nbins=5)
         _clean(ax)
 
     def _draw_totals(self, ax):
         shares = self.shares.to_numpy()
-        ax.barh(range(len(shares)), shares, height=0.6, color=_BLACK, alpha=0.75)
+        ax.barh(range(len(shares)), shares, height=0.6, color=BLACK, alpha=0.75)
         for row, share in enumerate(shares):
-            ax.text(share + 0.04, row, f"{share:.0%}", ha="right", va="center", fontsize=_FONT - 1)
+            ax.text(share + 0.04, row, f"{share:.0%}", ha="right", va="center", fontsize=FONT - 1)
         ax.set_xlim(1.5, 0)
         ax.set_xticks([])
         ax.tick_params(axis="y", length=0, labelleft=False)
         ax.spines[:].set_visible(False)
-        ax.set_title("present in", fontsize=_FONT, loc="right")
+        ax.set_title("present in", fontsize=FONT, loc="right")
 
     def _draw_rates(self, ax):
         ticker = import_optional("matplotlib.ticker", "plots")
         table = self.table
         rate = table["rate"].to_numpy(dtype=float)
         reach = np.abs(table[["lo", "hi"]].to_numpy(dtype=float).T - rate)
-        ax.axhline(self.overall_rate, color=_BLACK, linestyle="--", linewidth=1, zorder=1)
-        ax.errorbar(range(len(rate)), rate, reach, fmt="o", ms=6, color=_VERMILLION,
-                    ecolor=_VERMILLION, elinewidth=1.5, capsize=3, zorder=3)  # fmt: skip
+        ax.axhline(self.overall_rate, color=BLACK, linestyle="--", linewidth=1, zorder=1)
+        ax.errorbar(range(len(rate)), rate, reach, fmt="o", ms=6, color=VERMILLION,
+                    ecolor=VERMILLION, elinewidth=1.5, capsize=3, zorder=3)  # fmt: skip
         top = np.nanmax(table["hi"].to_numpy(dtype=float))
         ax.set_ylim(-0.05 * top, 1.08 * top)  # below 0, so that points at 0 are whole
         ax.yaxis.set_major_locator(ticker.MaxNLocator(6, steps=[1, 2, 5, 10]))
         ax.yaxis.set_major_formatter(lambda rate, _: f"{100 * rate:.3g}%")
-        ax.set_ylabel("rate", fontsize=_FONT)
+        ax.set_ylabel("rate", fontsize=FONT)
         what = "outcome" if self.outcome is None else str(self.outcome)
         # About eleven letters to the inch of a panel that is no wider than its columns.
         what = textwrap.fill(f"{what}: rate, {self.confidence:.0%} interval", _letters(len(rate)))
         overall = f"dashed: all {self.unit}, {self.overall_rate:.1%}"
-        ax.set_title(f"{what}\n{overall}", fontsize=_FONT, loc="left")
-        ax.grid(axis="y", color=_GREY, linewidth=0.6)
+        ax.set_title(f"{what}\n{overall}", fontsize=FONT, loc="left")
+        ax.grid(axis="y", color=GREY, linewidth=0.6)
         _clean(ax)
+
+
+def _pooled_shares(X, modalities, max_patterns, bands):
+    """Share of the rows that have each modality, of every pool; None without one."""
+    patterns = find_patterns(X, modalities, max_patterns=max_patterns, bands=bands)
+    pools = patterns.kinds.index[patterns.kinds.iloc[:, 1:].isna().all(axis=1)]
+    if not len(pools):
+        return None
+    return patterns.present.groupby(patterns.rows).mean().loc[pools]
+
+
+def _enough(present):
+    """How many patterns a picture draws, and how many columns the others share."""
+    shares = present.value_counts(normalize=True).to_numpy()
+    if len(shares) <= _FEW:
+        return len(shares), 1
+    needed = 1 + int((shares.cumsum() < _SHARE).sum())
+    kept = int(np.clip(needed, _FEW, _MANY))
+    # Where single patterns hold few rows, how many modalities a row has tells more.
+    return (kept, 3) if shares[:kept].sum() >= 0.5 else (_FEW, 6)
 
 
 def _panel_width(n_patterns):
     """Width in inches of the panels with one column per pattern."""
-    return max(3.6, 0.52 * n_patterns)
+    return max(3.6, (0.52 if n_patterns <= 13 else 0.46) * n_patterns)
 
 
 def _letters(n_patterns):
@@ -296,7 +345,7 @@ def _letters(n_patterns):
 def _clean(ax):
     ax.spines[["top", "right", "bottom"]].set_visible(False)
     ax.tick_params(axis="x", length=0, labelbottom=False)
-    ax.tick_params(axis="y", labelsize=_FONT - 1)
+    ax.tick_params(axis="y", labelsize=FONT - 1)
     ax.set_axisbelow(True)
 
 

@@ -1,12 +1,13 @@
 """Out-of-fold predictions where labels may be unknown and patients repeat."""
 
+import warnings
 from numbers import Integral
 
 import numpy as np
 from sklearn.base import clone
-from sklearn.model_selection import GroupKFold, KFold, StratifiedKFold
+from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
 
-from ehrfuse.evaluation._inputs import group_values
+from ehrfuse.evaluation._inputs import check_labels, group_values
 
 
 def out_of_fold(estimator, X, y, *, cv=5, groups=None):
@@ -23,7 +24,8 @@ def out_of_fold(estimator, X, y, *, cv=5, groups=None):
         A number of folds is split by patient if `groups` is given, else in proportion to the
         classes of a 1-D `y`.
     groups : str or array-like of shape (n_samples,), default=None
-        Patient of every row, or the column of X that holds it.
+        Patient of every row, or the column of X that holds it. The estimator sees that
+        column too; one that reads all columns should be given X without it, and an array here.
 
     Returns
     -------
@@ -48,20 +50,63 @@ def out_of_fold(estimator, X, y, *, cv=5, groups=None):
     (20, 2)
     """
     groups = None if groups is None else np.asarray(group_values(groups, X))
-    n_rows = len(y)
-    if isinstance(cv, Integral):
-        several = np.ndim(y) == 2 and np.shape(y)[1] > 1
-        kind = GroupKFold if groups is not None else KFold if several else StratifiedKFold
-        cv = kind(cv)
     proba = None
-    for train, test in cv.split(np.zeros(n_rows), y, groups):
-        model = clone(estimator).fit(_take(X, train), _take(y, train))
-        part = np.asarray(model.predict_proba(_take(X, test)))
+    for train, test in make_splits(y, cv, groups):
+        model = clone(estimator).fit(take(X, train), take(y, train))
+        part = np.asarray(model.predict_proba(take(X, test)))
         if proba is None:
-            proba = np.full((n_rows, part.shape[1]), np.nan)
+            proba = np.full((len(y), part.shape[1]), np.nan)
         proba[test] = part
     return proba
 
 
-def _take(table, rows):
+def take(table, rows):
+    """Some rows of a frame or array."""
     return table.iloc[rows] if hasattr(table, "iloc") else np.asarray(table)[rows]
+
+
+def hide_groups(estimator, X, groups):
+    """X as the model may see it, and the groups as an array.
+
+    A column named by `groups` is no feature: it goes, unless the estimator has a `groups` parameter
+    that names it too.
+    """
+    if groups is None:
+        return X, None
+    values = np.asarray(group_values(groups, X))
+    if not isinstance(groups, str):
+        return X, values
+    for name, value in estimator.get_params(deep=True).items():
+        if name.split("__")[-1] == "groups" and isinstance(value, str) and value == groups:
+            return X, values
+    return X.drop(columns=groups), values
+
+
+def make_splits(y, cv, groups=None, seed=None):
+    """Pairs of training and test rows, patients whole; shuffled if there is a seed.
+
+    With a seed, classes of a 1-D `y` are spread over the folds of patients too.
+    """
+    n_rows = len(y)
+    strata = y
+    if isinstance(cv, Integral):
+        several = np.ndim(y) == 2 and np.shape(y)[1] > 1
+        shuffle = {} if seed is None else {"shuffle": True, "random_state": seed}
+        if groups is None:
+            kind = KFold if several else StratifiedKFold
+        else:
+            kind = GroupKFold if several or seed is None else StratifiedGroupKFold
+        cv = kind(cv, **shuffle)
+        if seed is not None and not several:
+            strata = np.nan_to_num(check_labels(y).labels[:, 0], nan=2.0)  # unknown: a class
+    with warnings.catch_warnings():  # a splitter without eyes for groups is found out below
+        warnings.filterwarnings("ignore", message="The groups parameter is ignored")
+        splits = list(cv.split(np.zeros(n_rows), strata, groups))
+    for train, test in splits if groups is not None else ():
+        both = np.intersect1d(groups[train], groups[test])
+        if len(both):
+            raise ValueError(
+                f"cv={cv!r} puts {len(both)} patients into the training and the test rows of one "
+                "fold; use a splitter that respects groups, such as GroupKFold(5), or an integer."
+            )
+    return splits

@@ -60,10 +60,12 @@ def _check_confidence(confidence):
 
 
 def pattern_table(X, modalities, *, y=None, groups=None, min_count=1, max_patterns=None,
-                  confidence=0.95):  # fmt: skip
+                  bands=1, confidence=0.95):  # fmt: skip
     """Table of `outcome_by_pattern`, without the outcome's columns where y is None."""
     _check_confidence(confidence)
-    patterns = find_patterns(X, modalities, min_count=min_count, max_patterns=max_patterns)
+    patterns = find_patterns(
+        X, modalities, min_count=min_count, max_patterns=max_patterns, bands=bands
+    )
     counts = np.bincount(patterns.rows, minlength=len(patterns.kinds))
     table = patterns.kinds.assign(n=counts, share=counts / len(X))
     if y is None:

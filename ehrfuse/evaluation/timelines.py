@@ -6,11 +6,8 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from ehrfuse._runtime import check_option, import_optional
+from ehrfuse.evaluation._style import COLOURS, FONT, clean, fitted, new_axes, new_figure
 from ehrfuse.evaluation.explanations import _stages, silhouette_report
-
-# Okabe and Ito's colours: told apart with any colour vision.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
-_FONT = 10
 
 
 class EmbeddingDisplay:
@@ -103,22 +100,20 @@ class EmbeddingDisplay:
         display : EmbeddingDisplay
             With `figure_` and `axes_` set.
         """
-        pyplot = import_optional("matplotlib.pyplot", "plots")
         n = len(self.points)
-        if figure is None:
-            figure = pyplot.figure(figsize=(3.4 * n + 0.6, 3.6), layout="constrained")
+        figure = new_figure(figure, 3.4 * n + 0.6, 3.6)
         axes = figure.subplots(1, n, squeeze=False)[0]
         self.figure_, self.axes_ = figure, dict(zip(self.points, axes, strict=True))
         classes = np.unique(self.y)
         for name, ax in self.axes_.items():
-            for colour, value in zip(_COLOURS * len(classes), classes, strict=False):
+            for colour, value in zip(COLOURS * len(classes), classes, strict=False):
                 own = self.points[name][self.y == value]
                 ax.scatter(*own.T, s=9, color=colour, alpha=0.6, linewidth=0, label=str(value))
             ax.set_title(f"{name}\nsilhouette {self.report.loc[name, 'silhouette']:.2f}",
-                         fontsize=_FONT)  # fmt: skip
+                         fontsize=FONT)  # fmt: skip
             ax.set_xticks([])
             ax.set_yticks([])
-        axes[-1].legend(fontsize=_FONT - 1, markerscale=2, frameon=False)
+        axes[-1].legend(fontsize=FONT - 1, markerscale=2, frameon=False)
         return self
 
 
@@ -214,32 +209,33 @@ class TimelineDisplay:
         display : TimelineDisplay
             With `figure_` and `ax_` set.
         """
-        pyplot = import_optional("matplotlib.pyplot", "plots")
-        if ax is None:
-            size = (6.4, 1.4 + 0.3 * len(self.table))
-            ax = pyplot.figure(figsize=size, layout="constrained").subplots()
+        ax = new_axes(ax, 6.4, 1.4 + 0.3 * len(self.table))
         self.figure_, self.ax_ = ax.figure, ax
         if len(self.table) == 1:
             self._bars(ax)
         else:
             self._map(ax)
-        ax.set_xlabel(f"time ({self.unit})" if self.unit else "time", fontsize=_FONT)
+        ax.set_xlabel(f"time ({self.unit})" if self.unit else "time", fontsize=FONT)
         return self
 
     def _bars(self, ax):
         times, heights = self.table.columns.to_numpy(float), self.table.iloc[0].to_numpy(float)
         gap = np.diff(times).min(initial=np.inf)
-        ax.bar(times, heights, width=0.8 * (gap if np.isfinite(gap) else 1.0), color=_COLOURS[0])
-        ax.set_ylabel(f"{self.score} of {self.table.index[0].strip('()')}", fontsize=_FONT)
-        ax.spines[["top", "right"]].set_visible(False)
+        ax.bar(times, heights, width=0.8 * (gap if np.isfinite(gap) else 1.0), color=COLOURS[0])
+        ax.set_ylabel(f"{self.score} of {self.table.index[0].strip('()')}", fontsize=FONT)
+        clean(ax, "y")
 
     def _map(self, ax):
         """Visits side by side in their order, labelled with their times."""
         reach = float(np.nanmax(np.abs(self.table.to_numpy(float)))) or 1.0
         image = ax.imshow(self.table, aspect="auto", cmap="RdBu_r", vmin=-reach, vmax=reach)
-        ax.set_yticks(range(len(self.table)), self.table.index, fontsize=_FONT - 1)
+        ax.set_yticks(
+            range(len(self.table)),
+            [fitted(name, 30, 1) for name in self.table.index],
+            fontsize=FONT - 1,
+        )
         step = -(-self.table.shape[1] // 12)
         places = range(0, self.table.shape[1], step)
         labels = [f"{self.table.columns[i]:.4g}" for i in places]
-        ax.set_xticks(places, labels, fontsize=_FONT - 1)
+        ax.set_xticks(places, labels, fontsize=FONT - 1)
         self.figure_.colorbar(image, ax=ax, label=self.score)

@@ -105,7 +105,7 @@ def test_from_estimator_reads_its_modalities(estimator):
 
 
 def test_estimator_without_modalities_is_told():
-    with pytest.raises(ValueError, match="names no modalities; use from_frame"):
+    with pytest.raises(ValueError, match="names no modalities; give them"):
         MissingPatternDisplay.from_estimator(SimpleNamespace(), frame()[0])
 
 

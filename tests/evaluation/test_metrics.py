@@ -61,7 +61,7 @@ class RowRisk(ClassifierMixin, BaseEstimator):
 # ---------------------------------------------------------------- metrics
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", SKLEARN)
 @given(
     st.lists(
         st.tuples(st.booleans(), st.integers(0, 6), st.integers(0, 4)), min_size=2, max_size=40
@@ -78,7 +78,7 @@ def test_weighted_metric_with_ties_equals_sklearn(metric, rows):
     assert METRICS[metric](y, p, w) == pytest.approx(expected, abs=1e-10)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", SKLEARN)
 def test_matrix_of_weights_scores_every_resample(metric):
     y, p, groups = simulate(300, n_groups=80)
     p = p.round(2)
@@ -104,7 +104,7 @@ def test_rank_metric_of_one_class_is_nan(metric, label):
 # ---------------------------------------------------------------- scorer
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", SKLEARN)
 def test_scorer_equals_sklearn_and_greater_is_better(metric):
     y, p, _ = simulate()
     sign = -1 if metric in ("brier", "log_loss") else 1

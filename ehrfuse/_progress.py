@@ -41,7 +41,7 @@ class ProgressMixin(CallbackSupportMixin):
 
         def report(record):
             if bar is not None:
-                bar.update()
+                bar.update(record["epoch"] + 1 - bar.n)  # a fit may go on in the middle
             if self.verbose:
                 terms = ", ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "epoch")
                 print(f"{name} epoch {record['epoch']}: {terms}", flush=True)

@@ -60,6 +60,23 @@ def seeded(seed: int, device: "torch.device") -> Iterator[None]:
         yield
 
 
+def too_large(error: RuntimeError) -> bool:
+    """Whether torch found no memory, on a GPU or on the CPU."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return any(sign in str(error) for sign in ("not enough memory", "can't allocate memory"))
+
+
+def release(device: "torch.device") -> None:
+    """Give back what a failed allocation left in the allocator of a GPU."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def import_optional(name: str, extra: str) -> ModuleType:
     """Import a package that only an extra installs, or say which pip line brings it."""
     try:

@@ -13,7 +13,8 @@ import socket
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -43,10 +44,6 @@ IDLE = {"cache", "checkpoint", "device", "memory", "n_jobs", "random_state", "ve
 # ---------------------------------------------------------------- what changes while a fit runs
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 class Mean:
     """Mean of every term over the rows of an epoch, without a wait for the device at each step."""
 
@@ -60,10 +57,9 @@ class Mean:
         for name, term in terms.items():
             self.sums[name] = self.sums.get(name, torch.zeros_like(term)) + term * rows
 
-    def means(self, prefix: str, over_team: Callable[[Tensor], Tensor] = _same) -> dict[str, float]:
-        """Means by ``{prefix}_{name}``; `over_team` adds what other processes have."""
-        sums = {name: over_team(t) for name, t in self.sums.items()}
-        return {f"{prefix}_{name}": float(t) / self.rows for name, t in sums.items()}
+    def means(self, prefix: str, team: Team) -> dict[str, float]:
+        """Means by ``{prefix}_{name}``."""
+        return {f"{prefix}_{name}": t / self.rows for name, t in team.sum(self.sums).items()}
 
 
 class Best:
@@ -180,12 +176,7 @@ def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
 
 
 def stamp(
-    estimator: Any,
-    core: Core,
-    sets: tuple[Data | None, ...],
-    seed: int,
-    batch_size: int,
-    team: Team,
+    estimator: Any, core: Core, sets: tuple[Data | None, ...], seed: int, size: int, team: Team
 ) -> dict[str, Any]:
     """What makes a fit the one it is, as hashes, so that nothing can be read from the file."""
     device = next(core.parameters()).device.type
@@ -193,7 +184,7 @@ def stamp(
         "format": FORMAT,
         "estimator": type(estimator).__name__,
         "parameters": {name: _hash(text) for name, text in _parameters(estimator).items()},
-        "loop": [seed, batch_size, device, team.size],
+        "loop": [seed, size, device, team.size],
         "data": _hash_data(sets),
         "start": _hash_weights(estimator, core),
         "versions": {name: version(name) for name in ("ehrfuse", "torch")},
@@ -264,7 +255,10 @@ def _hash_weights(estimator: Any, core: Core) -> str:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    flat = tensor.detach().cpu().reshape(-1)
+    if flat.stride(0) != 1:  # of one element, any stride counts as contiguous
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy().data
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
@@ -323,20 +317,6 @@ class Checkpoint(NoCheckpoint):
         self.folder = Path(path).expanduser() / self.name
         self.last, self.cost, self.saved, self.complained = time.monotonic(), FIRST, 0, False
         self.epoch: int | None = None  # of the last good state
-
-    @classmethod
-    def of(
-        cls,
-        estimator: Any,
-        core: Core,
-        sets: tuple[Data | None, ...],
-        seed: int,
-        batch_size: int,
-        team: Team | None = None,
-    ) -> "Checkpoint":
-        """For the fit that is about to begin."""
-        own = stamp(estimator, core, sets, seed, batch_size, team or Team())
-        return cls(estimator.checkpoint, own)
 
     # ------------------------------------------------------------ read
 
@@ -456,7 +436,8 @@ class Checkpoint(NoCheckpoint):
 
     def leave(self) -> None:
         """The fit ends, however it ends: others need not think that it runs."""
-        (self.folder / "running").unlink(missing_ok=True)
+        with suppress(OSError):
+            (self.folder / "running").unlink()
 
     def advice(self) -> str:
         """One sentence for somebody whose fit has stopped."""
@@ -501,6 +482,17 @@ def _facts(path: Path) -> dict[str, Any]:
             return json.loads(file.metadata()["facts"])
     except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise Damaged(str(error) or type(error).__name__) from error
+
+
+def open_checkpoint(
+    estimator: Any, core: Core, sets: tuple[Data | None, ...], seed: int, size: int, team: Team
+) -> NoCheckpoint:
+    """The checkpoint of the fit that is about to begin, in batches of `size` rows."""
+    if estimator.checkpoint is None and team.size == 1:
+        return NoCheckpoint()
+    own = stamp(estimator, core, sets, seed, size, team)
+    team.check_alike(own)
+    return NoCheckpoint() if estimator.checkpoint is None else Checkpoint(estimator.checkpoint, own)
 
 
 def _own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

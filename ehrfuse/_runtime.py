@@ -1,6 +1,8 @@
 """Devices, seeds, option checks and optional packages: what every layer may lean on."""
 
 import importlib
+import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -58,6 +60,13 @@ def seeded(seed: int, device: "torch.device") -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+def world() -> tuple[int, int]:
+    """Number of this process, and of how many, where torchrun has started several."""
+    if multiprocessing.parent_process() is not None:  # a worker of one of them
+        return 0, 1
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def too_large(error: RuntimeError) -> bool:

@@ -60,7 +60,7 @@ def train(
                     run.set_lr(core.lr_scale_at(min(1.0, run.step / n_steps)))
                     run.count(_step(run, data, index, device, amp, team), len(index))
                     keeper.keep(run, team, within_epoch=True)
-                record = {"epoch": run.epoch, **run.totals.means("train", team.sum)}
+                record = {"epoch": run.epoch, **run.totals.means("train", team)}
                 if validation is not None:
                     record |= evaluate(core, validation, batch_size, seed, device, run.epoch, amp)
                 run.end_epoch(*team.agree((record, report is not None and report(record))))
@@ -81,6 +81,7 @@ def train(
             raise
         finally:
             keeper.leave()
+            team.leave(core)
     return run.history
 
 
@@ -100,7 +101,7 @@ def evaluate(
         for index in iterate(len(data), batch_size, None, data.length):
             batch = data.batch(index).to(device)
             totals.add(_terms(core, core.losses, batch, epoch, amp)[1], len(index))
-    return totals.means("val")
+    return totals.means("val", Team())
 
 
 def _step(
@@ -149,7 +150,7 @@ def _gradient(
         if not begun:
             core.on_step_begin(batch)
             begun = True
-        share = None if len(part) == len(index) else data.share(part, index)
+        share = None if len(part) == len(index) else team.share(data, part, index)
         total, terms = _terms(core, team.losses(core), batch, run.epoch, amp, share)
         (total * team.size).backward()  # a team averages
         found = {name: found.get(name, 0.0) + term for name, term in terms.items()}

@@ -30,12 +30,13 @@ from sklearn.utils.validation import (
 )
 from torch import nn
 
-from ehrfuse._checkpoint import Checkpoint
+from ehrfuse._checkpoint import open_checkpoint
 from ehrfuse._data import Data
+from ehrfuse._distributed import join
 from ehrfuse._handover import Handover
 from ehrfuse._patterns import modality_columns
 from ehrfuse._progress import ProgressMixin, with_progress
-from ehrfuse._runtime import default_device, resolve_device, seeded
+from ehrfuse._runtime import default_device, resolve_device, seeded, world
 from ehrfuse._targets import ValueTarget, by_name, classification_target
 from ehrfuse._train import evaluate, predict, train
 from ehrfuse.modalities import Modality, Tabular
@@ -202,10 +203,10 @@ class TorchEstimator(ProgressMixin, Handover, BaseEstimator):
             raise TypeError(
                 f"checkpoint={self.checkpoint!r} must be a folder, as str or path, or None."
             )
-        if self.checkpoint is not None and self.random_state is None:
+        if self.random_state is None and (self.checkpoint is not None or world()[1] > 1):
             raise ValueError(
-                "checkpoint needs a random_state, such as random_state=0; with None the next fit "
-                "is another one and cannot go on with this one's state."
+                "A checkpoint, and several processes, need a random_state, such as "
+                "random_state=0: with None every fit is another one."
             )
 
     # ------------------------------------------------------------ what a method supplies
@@ -231,6 +232,7 @@ class TorchEstimator(ProgressMixin, Handover, BaseEstimator):
         self._check_params()
         X = self._frame(X, y, reset=True)
         declared = self._declared(X)
+        join(resolve_device(self.device))  # before the device: of several each has its own
         device = resolve_device(self.device)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         y, weight = self._labels(X, y, sample_weight, reset=True)
@@ -272,15 +274,14 @@ class TorchEstimator(ProgressMixin, Handover, BaseEstimator):
         self._take_over(core)
         core.freeze(self.freeze)
         data, validation = self._prepare(core, data, validation, seed)
-        batch_size, checkpoint = self._batch_size(len(data)), None
-        if self.checkpoint is not None:
-            checkpoint = Checkpoint.of(self, core, (data, validation), seed, batch_size)
+        size, team = self._batch_size(len(data)), join(device)
+        checkpoint = open_checkpoint(self, core, (data, validation), seed, size, team)
         with self._progress() as report:
             self.history_ = train(
                 core, data, validation=validation, max_epochs=self.max_epochs,
-                batch_size=batch_size, lr=self.lr, weight_decay=self.weight_decay,
+                batch_size=size, lr=self.lr, weight_decay=self.weight_decay,
                 patience=self.patience, seed=seed, device=device, amp=self.amp, report=report,
-                checkpoint=checkpoint,
+                checkpoint=checkpoint, team=team,
             )  # fmt: skip
         self.n_iter_, self.module_ = len(self.history_), core
         self._snapshot()

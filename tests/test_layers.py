@@ -47,7 +47,7 @@ LAYERS = {
     "_distributed": ({"_data", "_runtime", "nn"}, {"numpy", "torch", "accelerate"}),
     "_checkpoint": ({"_data", "_distributed", "nn"}, {"numpy", "torch", "safetensors"}),
     "_train": ({"_checkpoint", "_data", "_distributed", "_runtime", "nn"}, {"numpy", "torch"}),
-    "_progress": (set(), {"sklearn", "tqdm"}),
+    "_progress": ({"_runtime"}, {"sklearn", "tqdm"}),
     "_offsets": (set(), {"numpy", "pandas", "sklearn", "scipy"}),
     "rectifier": ({"_offsets", "_patterns", "_runtime"}, {"numpy", "pandas", "sklearn", "scipy"}),
     "modalities": (
@@ -59,6 +59,7 @@ LAYERS = {
         {
             "_checkpoint",
             "_data",
+            "_distributed",
             "_handover",
             "_patterns",
             "_progress",

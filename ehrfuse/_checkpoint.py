@@ -487,11 +487,19 @@ def _facts(path: Path) -> dict[str, Any]:
 def open_checkpoint(
     estimator: Any, core: Core, sets: tuple[Data | None, ...], seed: int, size: int, team: Team
 ) -> NoCheckpoint:
-    """The checkpoint of the fit that is about to begin, in batches of `size` rows."""
+    """The checkpoint of the fit that is about to begin, in batches of `size` rows.
+
+    Raise unless all processes have the same fit before them.
+    """
     if estimator.checkpoint is None and team.size == 1:
         return NoCheckpoint()
     own = stamp(estimator, core, sets, seed, size, team)
-    team.check_alike(own)
+    for rank, other in enumerate(team.everyone(own)):
+        if other != own:
+            raise ValueError(
+                f"Processes {team.rank} and {rank} fit with other {differences(own, other)}; give "
+                "all the same rows in the same order, the same parameters and random_state."
+            )
     return NoCheckpoint() if estimator.checkpoint is None else Checkpoint(estimator.checkpoint, own)
 
 

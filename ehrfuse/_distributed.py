@@ -44,16 +44,22 @@ class Team:
         """What the leader says."""
         return value
 
-    def check_alike(self, stamp: dict[str, Any]) -> None:
-        """Raise unless all processes have the same fit before them."""
+    def everyone(self, value: Any) -> list[Any]:
+        """What each process has, by rank."""
+        return [value]
 
     def sum(self, terms: dict[str, Tensor]) -> dict[str, float]:
-        """Sums over all processes."""
-        return {name: float(term) for name, term in terms.items()}
+        """Sums over all processes; a term may lack in some."""
+        total: dict[str, float] = {}
+        for found in self.everyone({name: float(term) for name, term in terms.items()}):
+            for name, value in found.items():
+                total[name] = total.get(name, 0.0) + value
+        return total
 
     def each(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of all processes, by rank."""
-        return {f"0/{name}": tensor for name, tensor in state.items()}
+        """The tensors of all processes, by rank and name."""
+        found = enumerate(self.everyone({name: tensor.cpu() for name, tensor in state.items()}))
+        return {f"{rank}/{name}": tensor for rank, some in found for name, tensor in some.items()}
 
     def own_of(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of what `each` gave, the part of this process."""
@@ -73,6 +79,12 @@ class Processes(Team):
         # A step may leave out parts of a core: a modality that its rows lack, a term that faded.
         handler = accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)
         self.accelerator = accelerate.Accelerator(cpu=cpu, kwargs_handlers=[handler])
+        kind = str(self.accelerator.distributed_type.value)
+        if not kind.startswith("MULTI_"):
+            raise ValueError(
+                f"Accelerate is set to {kind}, which would split the model itself; ehrfuse splits "
+                "batches only. Unset ACCELERATE_USE_FSDP and its like, and start with torchrun."
+            )
         self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
         self._core: Core | None = None
         atexit.register(_close)
@@ -96,30 +108,9 @@ class Processes(Team):
         """What the leader says."""
         return self.utils.broadcast_object_list([value])[0]
 
-    def check_alike(self, stamp: dict[str, Any]) -> None:
-        """Raise unless all processes have the same fit before them."""
-        keys = ("estimator", "parameters", "loop", "data", "start")
-        for rank, other in enumerate(self.utils.gather_object([stamp])):
-            odd = [key for key in keys if other[key] != stamp[key]]
-            if odd:
-                raise ValueError(
-                    f"Processes {self.rank} and {rank} fit with other {' and '.join(odd)}; give "
-                    "all processes the same rows in the same order, the same parameters and an "
-                    "int as random_state."
-                )
-
-    def sum(self, terms: dict[str, Tensor]) -> dict[str, float]:
-        """Sums over all processes; a term may lack in some."""
-        total: dict[str, float] = {}
-        for found in self.utils.gather_object([super().sum(terms)]):
-            for name, value in found.items():
-                total[name] = total.get(name, 0.0) + value
-        return total
-
-    def each(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of all processes, by rank."""
-        found = self.utils.gather_object([{k: t.cpu() for k, t in state.items()}])
-        return {f"{rank}/{k}": t for rank, some in enumerate(found) for k, t in some.items()}
+    def everyone(self, value: Any) -> list[Any]:
+        """What each process has, by rank."""
+        return self.utils.gather_object([value])
 
     def leave(self, core: Core) -> None:
         """Let go of the core, on the CPU and without its wrapper."""

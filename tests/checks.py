@@ -334,7 +334,7 @@ def killed_after(n_steps):
 
 def check_stop_and_go_on(estimator, cohort, folder=None):
     """Killed within epochs and between them, a fit ends with the weights of one that was not."""
-    estimator.set_params(validation_fraction=0.2)
+    estimator.set_params(validation_fraction=0.2, batch_size=16)
     whole = fit(clone(estimator), cohort)
     stopped = clone(estimator).set_params(checkpoint=folder)
     for n_steps in (2, 3, 4):

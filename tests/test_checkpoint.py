@@ -179,7 +179,7 @@ def test_no_text_and_no_row_is_in_the_files(cohort, tmp_path):
         facts = json.loads(file.metadata()["facts"])
         parts = {name.partition("/")[0] for name in file.keys()}  # noqa: SIM118
     assert facts["step"] in (4, 5)
-    assert parts == {"core", "optimizer", "totals", "random"}
+    assert {"core", "optimizer", "random"} <= parts <= {"core", "optimizer", "random", "totals"}
 
 
 # ---------------------------------------------------------------- stages
@@ -397,7 +397,7 @@ def test_parts_are_weighted_by_known_labels(cohort, monkeypatch):
 
 def test_one_row_that_does_not_fit_is_an_error(cohort, monkeypatch):
     fails_above(0, NO_MEMORY[0], monkeypatch)
-    with pytest.warns(UserWarning) as caught, pytest.raises(torch.OutOfMemoryError):
+    with pytest.warns(UserWarning, match="parts") as caught, pytest.raises(torch.OutOfMemoryError):
         model().fit(cohort.X, cohort.y)
     assert len(caught) == 4  # 2, 4, 8 and 16 parts
 

@@ -24,7 +24,7 @@ LAYERS = {
     "_cache": ({"_runtime"}, {"numpy", "tqdm"}),
     "_hub": (
         {"_cache", "_runtime"},
-        {"numpy", "torch", "transformers", "tokenizers", "tqdm", "safetensors", "peft"},
+        {"numpy", "torch", "transformers", "tokenizers", "tqdm", "safetensors", "peft", "joblib"},
     ),
     "knowledge": (
         {"_hub", "_hub_causal", "_runtime"},

@@ -40,6 +40,9 @@ class Team:
         """What a part is of a batch, by known labels and by rows."""
         return data.share(part, index)
 
+    def align(self, core: Core) -> None:
+        """Give all processes what steps have left different: running means, inner networks."""
+
     def agree(self, value: Any) -> Any:
         """What the leader says."""
         return value
@@ -103,6 +106,13 @@ class Processes(Team):
     def share(self, data: Data, part: np.ndarray, index: np.ndarray) -> tuple[float, float]:
         """As alone, but for a row that counts nothing."""
         return data.share(part, index) if self.rank < len(index) else (0.0, 0.0)
+
+    def align(self, core: Core) -> None:
+        """Give all processes what the leader has."""
+        with torch.no_grad():
+            for tensor in core.state_dict().values():
+                if tensor.numel():
+                    tensor.copy_(self.utils.broadcast(tensor.contiguous()))
 
     def agree(self, value: Any) -> Any:
         """What the leader says."""

@@ -60,6 +60,7 @@ def train(
                     run.set_lr(core.lr_scale_at(min(1.0, run.step / n_steps)))
                     run.count(_step(run, data, index, device, amp, team), len(index))
                     keeper.keep(run, team, within_epoch=True)
+                team.align(core)
                 record = {"epoch": run.epoch, **run.totals.means("train", team)}
                 if validation is not None:
                     record |= evaluate(core, validation, batch_size, seed, device, run.epoch, amp)

@@ -1,4 +1,4 @@
-"""Searches through other back-ends of joblib: what docs/scaling.md says; needs packages of its own."""
+"""Searches through other back-ends of joblib, as docs/scaling.md shows; each needs its package."""
 
 import joblib
 import numpy as np

@@ -155,6 +155,14 @@ def add_lora(
     return model
 
 
+def forget_layers(model: Any) -> None:
+    """Compute the layers again in the backward pass instead of keeping what they gave."""
+    # transformers 5 renames the method on the way.
+    new = hasattr(model, "activation_checkpointing_enable")
+    name = "activation_checkpointing_enable" if new else "gradient_checkpointing_enable"
+    getattr(model, name)({"use_reentrant": False})
+
+
 def _config(config: str) -> Any:
     from transformers import AutoConfig
 

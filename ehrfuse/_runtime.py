@@ -75,7 +75,8 @@ def too_large(error: RuntimeError) -> bool:
 
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return any(sign in str(error) for sign in ("not enough memory", "can't allocate memory"))
+    signs = ("out of memory", "not enough memory", "can't allocate memory")
+    return any(sign in str(error) for sign in signs)
 
 
 def release(device: "torch.device") -> None:

@@ -234,7 +234,7 @@ class Text(Modality):
         else:
             network = _hub.build_model(self.config_)
         if self.gradient_checkpointing:
-            network.gradient_checkpointing_enable({"use_reentrant": False})
+            _hub.forget_layers(network)
         lr_scale = self.lr_scale
         if lr_scale is None:
             lr_scale = 0.02 if self.lora_rank is None else 0.1

@@ -32,7 +32,7 @@ from ehrfuse.nn.core import Core
 from ehrfuse.nn.state import load_optimizer_state, optimizer_state
 
 EVERY = 60.0  # seconds between two saves within an epoch, at least
-SHARE = 0.02  # of the time of a fit that saves may take
+SHARE = 0.01  # of the time of a fit that saves may take
 FIRST = 0.02  # seconds that the first save is thought to take
 FORMAT = 1
 STATES = ("state-0.safetensors", "state-1.safetensors")
@@ -227,7 +227,7 @@ def _hash_data(sets: tuple[Data | None, ...]) -> str:
             if id(array) not in seen:  # training and validation rows share their blocks
                 seen.add(id(array))
                 found.update(f"{name} {array.dtype} {array.shape}".encode())
-                found.update(np.ascontiguousarray(array).reshape(-1).view("uint8"))
+                found.update(np.ascontiguousarray(array).reshape(-1).view("uint8").data)
     return found.hexdigest()
 
 

@@ -144,7 +144,8 @@ def _gradient(
     begun: bool,
 ) -> dict[str, Tensor]:
     """Gradient of the mean loss over the rows `index`, of which this process has `parts`."""
-    core, found = run.core, {}
+    core = run.core
+    found: dict[str, Tensor] = {}
     run.optimizer.zero_grad(set_to_none=True)
     for part in parts:
         batch = data.batch(part).to(device)
@@ -154,7 +155,7 @@ def _gradient(
         share = None if len(part) == len(index) else team.share(data, part, index)
         total, terms = _terms(core, team.losses(core), batch, run.epoch, amp, share)
         (total * team.size).backward()  # a team averages
-        found = {name: found.get(name, 0.0) + term for name, term in terms.items()}
+        found = {name: found[name] + t if name in found else t for name, t in terms.items()}
     return found
 
 

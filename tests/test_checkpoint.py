@@ -324,12 +324,12 @@ def test_saves_take_a_small_share_of_the_time(tmp_path, monkeypatch):
     monkeypatch.setattr(ehrfuse._checkpoint.time, "monotonic", lambda: clock[0])
     keeper = Checkpoint(tmp_path, {"estimator": "A"})
     due = []
-    for seconds in (0.5, 0.6, 0.6, 70.0):
+    for seconds in (1.5, 0.6, 0.6, 70.0):
         clock[0] += seconds
         due.append((keeper.due(within_epoch=False), keeper.due(within_epoch=True)))
     assert due == [(False, False), (True, False), (True, False), (True, True)]
-    keeper.last, keeper.cost = clock[0], 10.0  # a large model on a slow disk: 500 s between two
-    clock[0] += 499
+    keeper.last, keeper.cost = clock[0], 10.0  # a large model on a slow disk: 1,000 s between two
+    clock[0] += 999
     assert not keeper.due(within_epoch=False)
     clock[0] += 2
     assert keeper.due(within_epoch=True)

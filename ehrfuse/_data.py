@@ -161,6 +161,15 @@ class Data:
             cut(self.groups),
         )
 
+    def share(self, part: np.ndarray, whole: np.ndarray) -> tuple[float, float]:
+        """What some of the rows `whole` are of them all: by known labels, and by rows."""
+        rows = len(part) / len(whole)
+        if self.y is None:
+            return rows, rows
+        known = int((~np.isnan(self.y[self.rows[whole]])).sum())
+        mine = int((~np.isnan(self.y[self.rows[part]])).sum())
+        return (mine / known if known else rows), rows
+
     def followed_by(self, other: "Data") -> "Data":
         """Both sets without labels; rows of the other one are other patients."""
         n = len(next(iter(self.blocks.values())).present)

@@ -1,5 +1,7 @@
 """What a pretrainer hands over: fitted on the training rows, encoders by name, heads never."""
 
+from pathlib import Path
+
 from sklearn.base import clone
 from sklearn.utils.validation import check_memory
 
@@ -30,6 +32,8 @@ class Handover:
         } or None
         unset = {name for name in inherit if name in params and params[name] is None}
         donor.set_params(**{name: inherit[name] for name in unset})
+        if self.checkpoint is not None and params.get("checkpoint", 0) is None:
+            donor.set_params(checkpoint=Path(self.checkpoint) / "pretrained")
         donor = check_memory(self.memory).cache(_fit_donor)(donor, X)
         self._check_shared(X, declared, donor.modalities_)
         self.pretrained_ = donor

@@ -15,11 +15,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from joblib import Parallel, delayed, effective_n_jobs
 from torch import Tensor, nn
 
 from ehrfuse._cache import RowCache
@@ -151,6 +153,14 @@ def add_lora(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name and "pooler" not in name)
     return model
+
+
+def forget_layers(model: Any) -> None:
+    """Compute the layers again in the backward pass instead of keeping what they gave."""
+    # transformers 5 renames the method on the way.
+    new = hasattr(model, "activation_checkpointing_enable")
+    name = "activation_checkpointing_enable" if new else "gradient_checkpointing_enable"
+    getattr(model, name)({"use_reentrant": False})
 
 
 def _config(config: str) -> Any:
@@ -361,6 +371,7 @@ def encode_texts(
     pooling: str = "mean",
     device: "str | torch.device | None" = None,
     cache: "str | os.PathLike[str] | None" = None,
+    n_jobs: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Vectors of the chunks of every text, from a frozen model.
 
@@ -378,6 +389,8 @@ def encode_texts(
         None is the best available.
     cache : path or None
         An sqlite file; None keeps vectors in memory while the process lives.
+    n_jobs : int or None
+        Workers of joblib that encode at once; they send vectors, and this process keeps them.
 
     Returns
     -------
@@ -385,21 +398,35 @@ def encode_texts(
     offsets : int64 array (len(texts) + 1,)
         Text i owns ``vectors[offsets[i]:offsets[i + 1]]``.
     """
-    tokenizer, frame = open_tokenizer(info, chunk_length)
-    place = str(resolve_device(device))
+    open_tokenizer(info, chunk_length)  # says what is wrong, even where all is known
+    how = info, max_length, chunk_length, pooling, str(resolve_device(device))
+    workers = effective_n_jobs(n_jobs)
 
     def compute(some: list[int]) -> list[np.ndarray]:
-        notes = cut_texts([texts[i] for i in some], tokenizer, frame, max_length, chunk_length)
         encoded["texts"] += len(some)
-        chunks = [chunk for note in notes for chunk in note]
-        vectors = _encode_chunks(chunks, info, frame.pad, pooling, place)
-        return np.split(vectors, np.cumsum([len(note) for note in notes])[:-1])
+        if workers == 1:
+            return _encode_notes([texts[i] for i in some], *how)
+        turns = [some[start::workers] for start in range(min(workers, len(some)))]
+        tasks = (delayed(_encode_notes)([texts[i] for i in turn], *how) for turn in turns)
+        found = dict(zip(chain(*turns), chain(*Parallel(n_jobs)(tasks)), strict=True))
+        return [found[i] for i in some]
 
     tag = json.dumps(["text", info.fingerprint, max_length, chunk_length, pooling])
     items = [text.encode("utf-8", "surrogatepass") for text in texts]
     parts = RowCache(cache).map(tag, items, compute)
     offsets = np.cumsum([0, *map(len, parts)], dtype="int64")
     return np.concatenate(parts or [np.zeros((0, text_size(info)), "float32")]), offsets
+
+
+def _encode_notes(
+    texts: list[str], info: ModelInfo, max_length: int, chunk_length: int, pooling: str, device: str
+) -> list[np.ndarray]:
+    """Vectors of the chunks, text by text."""
+    tokenizer, frame = open_tokenizer(info, chunk_length)
+    notes = cut_texts(texts, tokenizer, frame, max_length, chunk_length)
+    chunks = [chunk for note in notes for chunk in note]
+    vectors = _encode_chunks(chunks, info, frame.pad, pooling, device)
+    return np.split(vectors, np.cumsum([len(note) for note in notes])[:-1])
 
 
 @torch.inference_mode()

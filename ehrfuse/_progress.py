@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 from tqdm.auto import tqdm
 
+from ehrfuse._runtime import world
+
 try:
     from sklearn.callback import CallbackSupportMixin, with_callbacks
 except ImportError:  # scikit-learn below 1.9
@@ -41,8 +43,8 @@ class ProgressMixin(CallbackSupportMixin):
 
         def report(record):
             if bar is not None:
-                bar.update()
-            if self.verbose:
+                bar.update(record["epoch"] + 1 - bar.n)  # a fit may go on in the middle
+            if self.verbose and world()[0] == 0:
                 terms = ", ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "epoch")
                 print(f"{name} epoch {record['epoch']}: {terms}", flush=True)
             if context is None:
@@ -71,6 +73,6 @@ def progress_bar(total, name, unit, verbose=None):
 
 def _watched():
     """Whether somebody looks: a terminal or a notebook, and not a worker process."""
-    if multiprocessing.parent_process() is not None:
+    if multiprocessing.parent_process() is not None or world()[0]:
         return False
     return sys.stderr.isatty() or "ipykernel" in sys.modules

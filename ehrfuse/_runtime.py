@@ -1,6 +1,8 @@
 """Devices, seeds, option checks and optional packages: what every layer may lean on."""
 
 import importlib
+import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -58,6 +60,31 @@ def seeded(seed: int, device: "torch.device") -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+def world() -> tuple[int, int]:
+    """Number of this process, and of how many, where torchrun has started several."""
+    if multiprocessing.parent_process() is not None:  # a worker of one of them
+        return 0, 1
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def too_large(error: RuntimeError) -> bool:
+    """Whether torch found no memory, on a GPU or on the CPU."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    signs = ("out of memory", "not enough memory", "can't allocate memory")
+    return any(sign in str(error) for sign in signs)
+
+
+def release(device: "torch.device") -> None:
+    """Give back what a failed allocation left in the allocator of a GPU."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def import_optional(name: str, extra: str) -> ModuleType:

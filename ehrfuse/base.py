@@ -5,6 +5,7 @@ parameters and `_make_core(modalities, target)`; nothing else is required.
 """
 
 import inspect
+import os
 import warnings
 from importlib.metadata import version
 from numbers import Integral, Real
@@ -29,11 +30,13 @@ from sklearn.utils.validation import (
 )
 from torch import nn
 
+from ehrfuse._checkpoint import open_checkpoint
 from ehrfuse._data import Data
+from ehrfuse._distributed import join
 from ehrfuse._handover import Handover
 from ehrfuse._patterns import modality_columns
 from ehrfuse._progress import ProgressMixin, with_progress
-from ehrfuse._runtime import default_device, resolve_device, seeded
+from ehrfuse._runtime import default_device, resolve_device, seeded, world
 from ehrfuse._targets import ValueTarget, by_name, classification_target
 from ehrfuse._train import evaluate, predict, train
 from ehrfuse.modalities import Modality, Tabular
@@ -75,6 +78,11 @@ class TorchEstimator(ProgressMixin, Handover, BaseEstimator):
         of one patient. It need not be there at predict.
     memory : str, joblib.Memory or None, default=None
         Cache of fitted pretrainers, as in :class:`sklearn.pipeline.Pipeline`.
+    checkpoint : str, path or None, default=None
+        Folder that keeps the state of a fit: one that was stopped, and begins again with the same
+        parameters and data, goes on where it was and ends with the same weights; one that was done
+        ends at once. Every fit has a folder of its own in it, so that folds and candidates of a
+        search may share the path. Needs a `random_state`. None keeps nothing.
     amp : bool, default=False
         bfloat16 autocast; for GPUs, on CPUs it is usually slower.
     random_state : int, RandomState or None, default=None
@@ -87,6 +95,7 @@ class TorchEstimator(ProgressMixin, Handover, BaseEstimator):
 
     _accepts: tuple[type, ...] = (Modality,)
     _fit_only: tuple[type, ...] = ()  # kinds whose columns need not be there at predict
+    checkpoint = None  # of a method whose constructor leaves it out
 
     def __init__(
         self,
@@ -102,6 +111,7 @@ class TorchEstimator(ProgressMixin, Handover, BaseEstimator):
         validation_fraction=None,
         groups=None,
         memory=None,
+        checkpoint=None,
         amp=False,
         random_state=None,
         device=None,
@@ -118,6 +128,7 @@ class TorchEstimator(ProgressMixin, Handover, BaseEstimator):
         self.validation_fraction = validation_fraction
         self.groups = groups
         self.memory = memory
+        self.checkpoint = checkpoint
         self.amp = amp
         self.random_state = random_state
         self.device = device
@@ -185,6 +196,18 @@ class TorchEstimator(ProgressMixin, Handover, BaseEstimator):
                 self.validation_fraction, "validation_fraction", Real,
                 min_val=0, max_val=1, include_boundaries="left",
             )  # fmt: skip
+        self._check_checkpoint()
+
+    def _check_checkpoint(self):
+        if not isinstance(self.checkpoint, str | os.PathLike | None):
+            raise TypeError(
+                f"checkpoint={self.checkpoint!r} must be a folder, as str or path, or None."
+            )
+        if self.random_state is None and (self.checkpoint is not None or world()[1] > 1):
+            raise ValueError(
+                "A checkpoint, and several processes, need a random_state, such as "
+                "random_state=0: with None every fit is another one."
+            )
 
     # ------------------------------------------------------------ what a method supplies
 
@@ -209,6 +232,7 @@ class TorchEstimator(ProgressMixin, Handover, BaseEstimator):
         self._check_params()
         X = self._frame(X, y, reset=True)
         declared = self._declared(X)
+        join(resolve_device(self.device))  # before the device: of several each has its own
         device = resolve_device(self.device)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         y, weight = self._labels(X, y, sample_weight, reset=True)
@@ -250,11 +274,14 @@ class TorchEstimator(ProgressMixin, Handover, BaseEstimator):
         self._take_over(core)
         core.freeze(self.freeze)
         data, validation = self._prepare(core, data, validation, seed)
+        size, team = self._batch_size(len(data)), join(device)
+        checkpoint = open_checkpoint(self, core, (data, validation), seed, size, team)
         with self._progress() as report:
             self.history_ = train(
                 core, data, validation=validation, max_epochs=self.max_epochs,
-                batch_size=self._batch_size(len(data)), lr=self.lr, weight_decay=self.weight_decay,
+                batch_size=size, lr=self.lr, weight_decay=self.weight_decay,
                 patience=self.patience, seed=seed, device=device, amp=self.amp, report=report,
+                checkpoint=checkpoint, team=team,
             )  # fmt: skip
         self.n_iter_, self.module_ = len(self.history_), core
         self._snapshot()

@@ -5,7 +5,9 @@ cohort, and fails by an assertion. Adding an estimator adds nothing here.
 """
 
 import pickle
+from contextlib import contextmanager
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -15,6 +17,7 @@ from sklearn.base import clone, is_classifier, is_regressor
 from sklearn.model_selection import GridSearchCV
 from sklearn.utils import Bunch
 
+import ehrfuse._checkpoint
 from ehrfuse._data import Data
 from ehrfuse._train import predict
 from ehrfuse.datasets import read_parquet, write_parquet
@@ -41,6 +44,7 @@ def checks_for(estimator):
         check_missing_column_is_named,
         check_failed_predict_loses_nothing,
         check_batch_on_the_best_device,
+        check_stop_and_go_on,
     ]:
         yield check.__name__, check
     if is_classifier(estimator):
@@ -302,6 +306,47 @@ def check_batch_on_the_best_device(estimator, cohort):
     out = outputs(estimator, cohort.X)
     on_cpu = pickle.loads(pickle.dumps(estimator)).set_params(device="cpu")
     np.testing.assert_allclose(outputs(on_cpu, cohort.X), out, atol=1e-4)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@contextmanager
+def killed_after(n_steps):
+    """Save after every step; end any fit after some, or let it run where that is None."""
+    run, left = ehrfuse._checkpoint.Run, [n_steps]
+    count = run.count
+
+    def one_less(self, terms, rows):
+        count(self, terms, rows)
+        if left[0] is not None:
+            left[0] -= 1
+            if not left[0]:
+                raise Killed
+
+    with (
+        mock.patch.object(run, "count", one_less),
+        mock.patch.multiple(ehrfuse._checkpoint, EVERY=0.0, SHARE=np.inf),
+    ):
+        yield
+
+
+def check_stop_and_go_on(estimator, cohort, folder=None):
+    """Killed within epochs and between them, a fit ends with the weights of one that was not."""
+    estimator.set_params(validation_fraction=0.2, batch_size=16)
+    whole = fit(clone(estimator), cohort)
+    stopped = clone(estimator).set_params(checkpoint=folder)
+    for n_steps in (2, 3, 4):
+        with killed_after(n_steps), pytest.raises(Killed):
+            fit(stopped, cohort)
+    for n_steps in (None, 1):  # the second finds that all is done
+        with killed_after(n_steps):
+            fit(stopped, cohort)
+        assert stopped.history_ == whole.history_
+        weights = whole.module_.state_dict()
+        for name, tensor in stopped.module_.state_dict().items():
+            assert torch.equal(tensor, weights[name]), name
 
 
 def check_memorises(estimator, cohort):

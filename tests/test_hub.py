@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pytest
 import tiny_models
@@ -162,6 +163,20 @@ def test_vectors_do_not_depend_on_the_batch(tmp_path, monkeypatch, write):
         alone, _ = encode([note], info)
         np.testing.assert_allclose(together[offsets[i] : offsets[i + 1]], alone, atol=1e-5)
         _hub.RowCache.forget()
+
+
+@pytest.mark.parametrize("backend", ["threading", "loky"])
+def test_workers_give_the_same_vectors(info, backend, monkeypatch):
+    texts = [f"no fever {'chest pain ' * (i % 7)} {i}" for i in range(23)]
+    vectors, offsets = encode(texts, info)
+    _hub.RowCache.forget()
+    with joblib.parallel_config(backend):
+        shared, places = encode(texts, info, n_jobs=2)
+    np.testing.assert_array_equal(places, offsets)
+    np.testing.assert_allclose(shared, vectors, atol=1e-6)
+    monkeypatch.setattr(_hub, "Parallel", None)  # what is known is sent to nobody
+    again, _ = encode(texts, info, n_jobs=2)
+    np.testing.assert_array_equal(again, shared)
 
 
 def test_no_text_gives_no_vector(info):

@@ -13,8 +13,7 @@ PACKAGE = Path(ehrfuse.__file__).parent
 HEAVY = {
     "transformers", "tokenizers", "pytorch_tabnet", "matplotlib", "duckdb", "PIL", "pooch", "peft",
     "bm25s", "graspologic_native", "ahocorasick", "rapidfuzz", "xgboost", "imblearn", "ibis",
-    "skops", "huggingface_hub",
-    "mapie",
+    "skops", "huggingface_hub", "mapie", "accelerate",
 }  # fmt: skip
 
 # Layer -> what it may import: our own layers, then packages beside the standard library.
@@ -25,7 +24,7 @@ LAYERS = {
     "_cache": ({"_runtime"}, {"numpy", "tqdm"}),
     "_hub": (
         {"_cache", "_runtime"},
-        {"numpy", "torch", "transformers", "tokenizers", "tqdm", "safetensors", "peft"},
+        {"numpy", "torch", "transformers", "tokenizers", "tqdm", "safetensors", "peft", "joblib"},
     ),
     "knowledge": (
         {"_hub", "_hub_causal", "_runtime"},
@@ -45,8 +44,10 @@ LAYERS = {
     "_hub_causal": ({"_hub", "_runtime"}, {"numpy", "torch", "transformers"}),
     "_data": (set(), {"numpy", "torch"}),
     "_targets": ({"nn"}, {"numpy", "torch", "sklearn"}),
-    "_train": ({"_data", "_runtime", "nn"}, {"numpy", "torch"}),
-    "_progress": (set(), {"sklearn", "tqdm"}),
+    "_distributed": ({"_data", "_runtime", "nn"}, {"numpy", "torch", "accelerate"}),
+    "_checkpoint": ({"_data", "_distributed", "nn"}, {"numpy", "torch", "safetensors"}),
+    "_train": ({"_checkpoint", "_data", "_distributed", "_runtime", "nn"}, {"numpy", "torch"}),
+    "_progress": ({"_runtime"}, {"sklearn", "tqdm"}),
     "_offsets": (set(), {"numpy", "pandas", "sklearn", "scipy"}),
     "rectifier": ({"_offsets", "_patterns", "_runtime"}, {"numpy", "pandas", "sklearn", "scipy"}),
     "modalities": (
@@ -56,7 +57,9 @@ LAYERS = {
     "_handover": ({"_patterns"}, {"sklearn"}),
     "base": (
         {
+            "_checkpoint",
             "_data",
+            "_distributed",
             "_handover",
             "_patterns",
             "_progress",

@@ -41,6 +41,8 @@ class CausalCore(Core):
     State holds what is trained alone: adapters, or the whole model where there are none.
     """
 
+    supervised = ()  # labels are known of every row
+
     def __init__(self, reader, target, label_ids, pad, rationale_weight, adapters):
         super().__init__({"prompt": reader})
         self.target, self.pad, self.adapters = target, pad, adapters
@@ -141,7 +143,7 @@ class CausalNoteClassifier(TorchClassifier):
     batch_size : int or "auto", default=8
     lr : float, default=2e-4
     weight_decay : float, default=0.01
-    patience, validation_fraction, groups, amp, random_state, device, verbose : optional
+    patience, validation_fraction, groups, checkpoint, amp, random_state, device, verbose : optional
         See `ehrfuse.base.TorchEstimator`.
     """
 
@@ -171,6 +173,7 @@ class CausalNoteClassifier(TorchClassifier):
         patience=None,
         validation_fraction=None,
         groups=None,
+        checkpoint=None,
         amp=False,
         random_state=None,
         device=None,
@@ -197,6 +200,7 @@ class CausalNoteClassifier(TorchClassifier):
         self.patience = patience
         self.validation_fraction = validation_fraction
         self.groups = groups
+        self.checkpoint = checkpoint
         self.amp = amp
         self.random_state = random_state
         self.device = device

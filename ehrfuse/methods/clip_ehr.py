@@ -166,7 +166,7 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
         all pairs, so that thousands are cheap.
     lr : float, default=2e-2
     weight_decay : float, default=1e-4
-    freeze, patience, validation_fraction, groups, memory : optional
+    freeze, patience, validation_fraction, groups, memory, checkpoint : optional
         See `ehrfuse.base.TorchEstimator`.
     amp, random_state, device, verbose : optional
         See `ehrfuse.base.TorchEstimator`.
@@ -256,6 +256,7 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
         validation_fraction=None,
         groups=None,
         memory=None,
+        checkpoint=None,
         amp=False,
         random_state=None,
         device=None,
@@ -264,8 +265,9 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
         super().__init__(
             modalities, pretrained=pretrained, freeze=freeze, max_epochs=max_epochs,
             batch_size=batch_size, lr=lr, weight_decay=weight_decay, patience=patience,
-            validation_fraction=validation_fraction, groups=groups, memory=memory, amp=amp,
-            random_state=random_state, device=device, verbose=verbose,
+            validation_fraction=validation_fraction, groups=groups, memory=memory,
+            checkpoint=checkpoint, amp=amp, random_state=random_state, device=device,
+            verbose=verbose,
         )  # fmt: skip
         self.embed_dim = embed_dim
         self.loss = loss

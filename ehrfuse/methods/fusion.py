@@ -96,7 +96,7 @@ class FusionClassifier(_Fusion, TorchClassifier):
         Weights of the classes in the loss; probabilities shift with them.
     pretrained, freeze, max_epochs, batch_size, lr, weight_decay, patience : optional
         See `ehrfuse.base.TorchEstimator`.
-    validation_fraction, groups, memory, amp, random_state, device, verbose : optional
+    validation_fraction, groups, memory, checkpoint, amp, random_state, device, verbose : optional
         See `ehrfuse.base.TorchEstimator`.
 
     Attributes
@@ -143,6 +143,7 @@ class FusionClassifier(_Fusion, TorchClassifier):
         validation_fraction=None,
         groups=None,
         memory=None,
+        checkpoint=None,
         amp=False,
         random_state=None,
         device=None,
@@ -151,8 +152,9 @@ class FusionClassifier(_Fusion, TorchClassifier):
         super().__init__(
             modalities, pretrained=pretrained, freeze=freeze, max_epochs=max_epochs,
             batch_size=batch_size, lr=lr, weight_decay=weight_decay, patience=patience,
-            validation_fraction=validation_fraction, groups=groups, memory=memory, amp=amp,
-            random_state=random_state, device=device, verbose=verbose,
+            validation_fraction=validation_fraction, groups=groups, memory=memory,
+            checkpoint=checkpoint, amp=amp, random_state=random_state, device=device,
+            verbose=verbose,
         )  # fmt: skip
         self.d_model = d_model
         self.n_members = n_members
@@ -178,7 +180,7 @@ class FusionRegressor(_Fusion, TorchRegressor):
         Before the last layer.
     pretrained, freeze, max_epochs, batch_size, lr, weight_decay, patience : optional
         See `ehrfuse.base.TorchEstimator`.
-    validation_fraction, groups, memory, amp, random_state, device, verbose : optional
+    validation_fraction, groups, memory, checkpoint, amp, random_state, device, verbose : optional
         See `ehrfuse.base.TorchEstimator`.
 
     Attributes
@@ -220,6 +222,7 @@ class FusionRegressor(_Fusion, TorchRegressor):
         validation_fraction=None,
         groups=None,
         memory=None,
+        checkpoint=None,
         amp=False,
         random_state=None,
         device=None,
@@ -228,8 +231,9 @@ class FusionRegressor(_Fusion, TorchRegressor):
         super().__init__(
             modalities, pretrained=pretrained, freeze=freeze, max_epochs=max_epochs,
             batch_size=batch_size, lr=lr, weight_decay=weight_decay, patience=patience,
-            validation_fraction=validation_fraction, groups=groups, memory=memory, amp=amp,
-            random_state=random_state, device=device, verbose=verbose,
+            validation_fraction=validation_fraction, groups=groups, memory=memory,
+            checkpoint=checkpoint, amp=amp, random_state=random_state, device=device,
+            verbose=verbose,
         )  # fmt: skip
         self.d_model = d_model
         self.n_members = n_members

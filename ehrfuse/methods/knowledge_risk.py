@@ -67,6 +67,9 @@ class KnowledgeAugmentedRiskModel(TorchClassifier):
         predictions; with several classes the most probable is taken.
     groups : str or None, default=None
         Column of X that names the patient: never a feature; no fold separates rows of one patient.
+    checkpoint : str, path or None, default=None
+        Of a stage 1 that trains a network, "hf-causal" among them: fits of folds that were done are
+        not done again. See `ehrfuse.base.TorchEstimator`.
     random_state : int, RandomState or None, default=None
     device : str, torch.device or None, default=None
         Of "hf-causal".
@@ -153,6 +156,7 @@ class KnowledgeAugmentedRiskModel(TorchClassifier):
         calibrate="sigmoid",
         threshold=0.5,
         groups=None,
+        checkpoint=None,
         random_state=None,
         device=None,
     ):
@@ -168,6 +172,7 @@ class KnowledgeAugmentedRiskModel(TorchClassifier):
         self.calibrate = calibrate
         self.threshold = threshold
         self.groups = groups
+        self.checkpoint = checkpoint
         self.random_state = random_state
         self.device = device
 
@@ -226,6 +231,7 @@ class KnowledgeAugmentedRiskModel(TorchClassifier):
             raise ValueError(f"stage1={self.stage1!r} needs model=, a folder or a hub name.")
         if self.n_splits < 2:
             raise ValueError(f"n_splits={self.n_splits} is too few; use 2 or more.")
+        self._check_checkpoint()
         rule = self.threshold
         named = isinstance(rule, tuple | list) and len(rule) == 2 and rule[0] == "sensitivity"
         rate = rule[1] if named else rule
@@ -327,7 +333,8 @@ class KnowledgeAugmentedRiskModel(TorchClassifier):
         if not isinstance(self.stage1, str):
             reader = clone(self.stage1)
             params = reader.get_params()
-            inherit = {"random_state": seed, "groups": self.groups, "device": self.device}
+            inherit = {"random_state": seed, "groups": self.groups, "device": self.device,
+                       "checkpoint": self.checkpoint}  # fmt: skip
             unset = {n: v for n, v in inherit.items() if n in params and params[n] is None}
             if isinstance(reader, CausalNoteClassifier) and reader.knowledge is None:
                 unset["knowledge"] = facts
@@ -337,7 +344,7 @@ class KnowledgeAugmentedRiskModel(TorchClassifier):
                 self.model, notes=tuple(self._notes), knowledge=facts, random_state=seed,
                 labels=("no", "yes") if self._n_classes == 2
                 else tuple(map(str, range(self._n_classes))),
-                class_weight=self._class_weight(), device=self.device,
+                class_weight=self._class_weight(), device=self.device, checkpoint=self.checkpoint,
             )  # fmt: skip
         texts = {m.columns_[0]: m for m in self.modalities_.values() if isinstance(m, Text)}
         return two.linear_reader(

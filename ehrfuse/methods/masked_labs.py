@@ -269,7 +269,7 @@ class MaskedLabPretrainer(TorchEncoder):
     batch_size : int or "auto", default=64
         "auto" is a twelfth of the training rows, at least 16 and at most 256.
     weight_decay : float, default=0.05
-    pretrained, freeze, lr, patience, validation_fraction, groups, memory : optional
+    pretrained, freeze, lr, patience, validation_fraction, groups, memory, checkpoint : optional
         See `ehrfuse.base.TorchEstimator`.
     amp, random_state, device, verbose : optional
         See `ehrfuse.base.TorchEstimator`.
@@ -354,6 +354,7 @@ class MaskedLabPretrainer(TorchEncoder):
         validation_fraction=None,
         groups=None,
         memory=None,
+        checkpoint=None,
         amp=False,
         random_state=None,
         device=None,
@@ -362,8 +363,9 @@ class MaskedLabPretrainer(TorchEncoder):
         super().__init__(
             modalities, pretrained=pretrained, freeze=freeze, max_epochs=max_epochs,
             batch_size=batch_size, lr=lr, weight_decay=weight_decay, patience=patience,
-            validation_fraction=validation_fraction, groups=groups, memory=memory, amp=amp,
-            random_state=random_state, device=device, verbose=verbose,
+            validation_fraction=validation_fraction, groups=groups, memory=memory,
+            checkpoint=checkpoint, amp=amp, random_state=random_state, device=device,
+            verbose=verbose,
         )  # fmt: skip
         self.d_model = d_model
         self.width = width

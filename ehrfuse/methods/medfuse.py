@@ -105,6 +105,20 @@ class MEDFuseCore(Core):
         if self.mutual is not None and self._seen is not None:
             self.mutual.learn(*self._seen, self.mi_steps)
 
+    def loop_state(self):
+        """What the bound's net saw last, and its optimiser."""
+        if self._seen is None:
+            return {}
+        inner = self.mutual.optimizer_state()
+        return {"own": self._seen[0], "shared": self._seen[1]} | inner
+
+    def load_loop_state(self, state):
+        """Put both back."""
+        state = dict(state)
+        if state:
+            self._seen = state.pop("own"), state.pop("shared")
+            self.mutual.load_optimizer_state(state)
+
     def param_groups(self, lr, weight_decay):
         """All parameters but those of the bound's net."""
         inner = () if self.mutual is None else self.mutual.parameters()
@@ -182,7 +196,7 @@ class MEDFuseClassifier(TorchClassifier):
         rows, at least 16 and at most 256.
     freeze, lr, weight_decay, patience : optional
         See `ehrfuse.base.TorchEstimator`.
-    validation_fraction, groups, memory, amp, random_state, device, verbose : optional
+    validation_fraction, groups, memory, checkpoint, amp, random_state, device, verbose : optional
         See `ehrfuse.base.TorchEstimator`.
 
     Attributes
@@ -271,6 +285,7 @@ class MEDFuseClassifier(TorchClassifier):
         validation_fraction=None,
         groups=None,
         memory=None,
+        checkpoint=None,
         amp=False,
         random_state=None,
         device=None,
@@ -279,8 +294,9 @@ class MEDFuseClassifier(TorchClassifier):
         super().__init__(
             modalities, pretrained=pretrained, freeze=freeze, max_epochs=max_epochs,
             batch_size=batch_size, lr=lr, weight_decay=weight_decay, patience=patience,
-            validation_fraction=validation_fraction, groups=groups, memory=memory, amp=amp,
-            random_state=random_state, device=device, verbose=verbose,
+            validation_fraction=validation_fraction, groups=groups, memory=memory,
+            checkpoint=checkpoint, amp=amp, random_state=random_state, device=device,
+            verbose=verbose,
         )  # fmt: skip
         self.d_model = d_model
         self.n_members = n_members

@@ -228,7 +228,7 @@ class MMNARPretrainer(_MMNAR, TorchEncoder):
     dropout : float, default=0.1
     pretrained, freeze, max_epochs, batch_size, lr, weight_decay, patience : optional
         See `ehrfuse.base.TorchEstimator`.
-    validation_fraction, groups, memory, amp, random_state, device, verbose : optional
+    validation_fraction, groups, memory, checkpoint, amp, random_state, device, verbose : optional
         See `ehrfuse.base.TorchEstimator`.
 
     Attributes
@@ -288,6 +288,7 @@ class MMNARPretrainer(_MMNAR, TorchEncoder):
         validation_fraction=None,
         groups=None,
         memory=None,
+        checkpoint=None,
         amp=False,
         random_state=None,
         device=None,
@@ -296,8 +297,9 @@ class MMNARPretrainer(_MMNAR, TorchEncoder):
         super().__init__(
             modalities, pretrained=pretrained, freeze=freeze, max_epochs=max_epochs,
             batch_size=batch_size, lr=lr, weight_decay=weight_decay, patience=patience,
-            validation_fraction=validation_fraction, groups=groups, memory=memory, amp=amp,
-            random_state=random_state, device=device, verbose=verbose,
+            validation_fraction=validation_fraction, groups=groups, memory=memory,
+            checkpoint=checkpoint, amp=amp, random_state=random_state, device=device,
+            verbose=verbose,
         )  # fmt: skip
         self.d_model = d_model
         self.n_members = n_members
@@ -354,7 +356,7 @@ class MMNARFusionClassifier(_MMNAR, TorchClassifier):
         Weights of the classes in the loss; probabilities shift with them.
     pretrained, freeze, max_epochs, batch_size, lr, weight_decay, patience : optional
         See `ehrfuse.base.TorchEstimator`.
-    validation_fraction, groups, memory, amp, random_state, device, verbose : optional
+    validation_fraction, groups, memory, checkpoint, amp, random_state, device, verbose : optional
         See `ehrfuse.base.TorchEstimator`.
 
     Attributes
@@ -430,6 +432,7 @@ class MMNARFusionClassifier(_MMNAR, TorchClassifier):
         validation_fraction=None,
         groups=None,
         memory=None,
+        checkpoint=None,
         amp=False,
         random_state=None,
         device=None,
@@ -438,8 +441,9 @@ class MMNARFusionClassifier(_MMNAR, TorchClassifier):
         super().__init__(
             modalities, pretrained=pretrained, freeze=freeze, max_epochs=max_epochs,
             batch_size=batch_size, lr=lr, weight_decay=weight_decay, patience=patience,
-            validation_fraction=validation_fraction, groups=groups, memory=memory, amp=amp,
-            random_state=random_state, device=device, verbose=verbose,
+            validation_fraction=validation_fraction, groups=groups, memory=memory,
+            checkpoint=checkpoint, amp=amp, random_state=random_state, device=device,
+            verbose=verbose,
         )  # fmt: skip
         self.d_model = d_model
         self.n_members = n_members

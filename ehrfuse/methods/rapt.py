@@ -85,7 +85,7 @@ class RAPTPretrainer(_RAPT, TorchEncoder):
         The learning rate falls along a cosine to zero over these epochs; each has three passes.
     pretrained, freeze, batch_size, lr, weight_decay, patience, validation_fraction : optional
         See `ehrfuse.base.TorchEstimator`.
-    groups, memory, amp, random_state, device, verbose : optional
+    groups, memory, checkpoint, amp, random_state, device, verbose : optional
         See `ehrfuse.base.TorchEstimator`.
 
     Attributes
@@ -165,6 +165,7 @@ class RAPTPretrainer(_RAPT, TorchEncoder):
         validation_fraction=None,
         groups=None,
         memory=None,
+        checkpoint=None,
         amp=False,
         random_state=None,
         device=None,
@@ -173,8 +174,9 @@ class RAPTPretrainer(_RAPT, TorchEncoder):
         super().__init__(
             modalities, pretrained=pretrained, freeze=freeze, max_epochs=max_epochs,
             batch_size=batch_size, lr=lr, weight_decay=weight_decay, patience=patience,
-            validation_fraction=validation_fraction, groups=groups, memory=memory, amp=amp,
-            random_state=random_state, device=device, verbose=verbose,
+            validation_fraction=validation_fraction, groups=groups, memory=memory,
+            checkpoint=checkpoint, amp=amp, random_state=random_state, device=device,
+            verbose=verbose,
         )  # fmt: skip
         self.d_model = d_model
         self.n_members = n_members
@@ -352,7 +354,7 @@ class RAPTClassifier(_RAPTOutcome, TorchClassifier):
         Weights of the classes in the loss; probabilities shift with them.
     pretrained, freeze, max_epochs, batch_size, lr, weight_decay, patience : optional
         See `ehrfuse.base.TorchEstimator`.
-    validation_fraction, groups, memory, amp, random_state, device, verbose : optional
+    validation_fraction, groups, memory, checkpoint, amp, random_state, device, verbose : optional
         See `ehrfuse.base.TorchEstimator`.
 
     Attributes
@@ -435,6 +437,7 @@ class RAPTClassifier(_RAPTOutcome, TorchClassifier):
         validation_fraction=None,
         groups=None,
         memory=None,
+        checkpoint=None,
         amp=False,
         random_state=None,
         device=None,
@@ -443,8 +446,9 @@ class RAPTClassifier(_RAPTOutcome, TorchClassifier):
         super().__init__(
             modalities, pretrained=pretrained, freeze=freeze, max_epochs=max_epochs,
             batch_size=batch_size, lr=lr, weight_decay=weight_decay, patience=patience,
-            validation_fraction=validation_fraction, groups=groups, memory=memory, amp=amp,
-            random_state=random_state, device=device, verbose=verbose,
+            validation_fraction=validation_fraction, groups=groups, memory=memory,
+            checkpoint=checkpoint, amp=amp, random_state=random_state, device=device,
+            verbose=verbose,
         )  # fmt: skip
         self.d_model = d_model
         self.n_members = n_members
@@ -492,7 +496,7 @@ class RAPTRegressor(_RAPTOutcome, TorchRegressor):
         training row: a network on a few thousand rows otherwise leans on few of them.
     pretrained, freeze, max_epochs, batch_size, lr, weight_decay, patience : optional
         See `ehrfuse.base.TorchEstimator`.
-    validation_fraction, groups, memory, amp, random_state, device, verbose : optional
+    validation_fraction, groups, memory, checkpoint, amp, random_state, device, verbose : optional
         See `ehrfuse.base.TorchEstimator`.
 
     Attributes
@@ -546,6 +550,7 @@ class RAPTRegressor(_RAPTOutcome, TorchRegressor):
         validation_fraction=None,
         groups=None,
         memory=None,
+        checkpoint=None,
         amp=False,
         random_state=None,
         device=None,
@@ -554,8 +559,9 @@ class RAPTRegressor(_RAPTOutcome, TorchRegressor):
         super().__init__(
             modalities, pretrained=pretrained, freeze=freeze, max_epochs=max_epochs,
             batch_size=batch_size, lr=lr, weight_decay=weight_decay, patience=patience,
-            validation_fraction=validation_fraction, groups=groups, memory=memory, amp=amp,
-            random_state=random_state, device=device, verbose=verbose,
+            validation_fraction=validation_fraction, groups=groups, memory=memory,
+            checkpoint=checkpoint, amp=amp, random_state=random_state, device=device,
+            verbose=verbose,
         )  # fmt: skip
         self.d_model = d_model
         self.n_members = n_members

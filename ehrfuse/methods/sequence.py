@@ -251,7 +251,7 @@ class SequenceClassifier(_Sequence, TorchClassifier):
         Of weight matrices, decoupled (AdamW).
     pretrained, freeze, batch_size, lr, patience, validation_fraction, groups : optional
         See `ehrfuse.base.TorchEstimator`.
-    memory, amp, random_state, device, verbose : optional
+    memory, checkpoint, amp, random_state, device, verbose : optional
         See `ehrfuse.base.TorchEstimator`.
 
     Attributes
@@ -323,6 +323,7 @@ class SequenceClassifier(_Sequence, TorchClassifier):
         validation_fraction=None,
         groups=None,
         memory=None,
+        checkpoint=None,
         amp=False,
         random_state=None,
         device=None,
@@ -331,8 +332,9 @@ class SequenceClassifier(_Sequence, TorchClassifier):
         super().__init__(
             modalities, pretrained=pretrained, freeze=freeze, max_epochs=max_epochs,
             batch_size=batch_size, lr=lr, weight_decay=weight_decay, patience=patience,
-            validation_fraction=validation_fraction, groups=groups, memory=memory, amp=amp,
-            random_state=random_state, device=device, verbose=verbose,
+            validation_fraction=validation_fraction, groups=groups, memory=memory,
+            checkpoint=checkpoint, amp=amp, random_state=random_state, device=device,
+            verbose=verbose,
         )  # fmt: skip
         self.architecture = architecture
         self.d_model = d_model
@@ -374,7 +376,7 @@ class SequenceRegressor(_Sequence, TorchRegressor):
         Of weight matrices, decoupled (AdamW).
     pretrained, freeze, batch_size, lr, patience, validation_fraction, groups : optional
         See `ehrfuse.base.TorchEstimator`.
-    memory, amp, random_state, device, verbose : optional
+    memory, checkpoint, amp, random_state, device, verbose : optional
         See `ehrfuse.base.TorchEstimator`.
 
     Attributes
@@ -420,6 +422,7 @@ class SequenceRegressor(_Sequence, TorchRegressor):
         validation_fraction=None,
         groups=None,
         memory=None,
+        checkpoint=None,
         amp=False,
         random_state=None,
         device=None,
@@ -428,8 +431,9 @@ class SequenceRegressor(_Sequence, TorchRegressor):
         super().__init__(
             modalities, pretrained=pretrained, freeze=freeze, max_epochs=max_epochs,
             batch_size=batch_size, lr=lr, weight_decay=weight_decay, patience=patience,
-            validation_fraction=validation_fraction, groups=groups, memory=memory, amp=amp,
-            random_state=random_state, device=device, verbose=verbose,
+            validation_fraction=validation_fraction, groups=groups, memory=memory,
+            checkpoint=checkpoint, amp=amp, random_state=random_state, device=device,
+            verbose=verbose,
         )  # fmt: skip
         self.architecture = architecture
         self.d_model = d_model

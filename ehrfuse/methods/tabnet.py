@@ -108,7 +108,7 @@ class TabNetPretrainer(TabNetEstimator, TorchEncoder):
     weight_decay : float, default=1e-4
     pretrained, freeze, batch_size, patience, validation_fraction : optional
         See `ehrfuse.base.TorchEstimator`.
-    groups, memory : optional
+    groups, memory, checkpoint : optional
         See `ehrfuse.base.TorchEstimator`.
     amp, random_state, device, verbose : optional
         See `ehrfuse.base.TorchEstimator`.
@@ -176,6 +176,7 @@ class TabNetPretrainer(TabNetEstimator, TorchEncoder):
         validation_fraction=None,
         groups=None,
         memory=None,
+        checkpoint=None,
         amp=False,
         random_state=None,
         device=None,
@@ -184,8 +185,9 @@ class TabNetPretrainer(TabNetEstimator, TorchEncoder):
         super().__init__(
             modalities, pretrained=pretrained, freeze=freeze, max_epochs=max_epochs,
             batch_size=batch_size, lr=lr, weight_decay=weight_decay, patience=patience,
-            validation_fraction=validation_fraction, groups=groups, memory=memory, amp=amp,
-            random_state=random_state, device=device, verbose=verbose,
+            validation_fraction=validation_fraction, groups=groups, memory=memory,
+            checkpoint=checkpoint, amp=amp, random_state=random_state, device=device,
+            verbose=verbose,
         )  # fmt: skip
         self.mask_ratio = mask_ratio
         self.n_d = n_d
@@ -252,7 +254,7 @@ class TabNetClassifier(_TabNet, TorchClassifier):
     max_epochs : int, default=20
     lr : float, default=2e-2
     weight_decay : float, default=1e-4
-    batch_size, patience, validation_fraction, groups, memory : optional
+    batch_size, patience, validation_fraction, groups, memory, checkpoint : optional
         See `ehrfuse.base.TorchEstimator`.
     amp, random_state, device, verbose : optional
         See `ehrfuse.base.TorchEstimator`.
@@ -328,6 +330,7 @@ class TabNetClassifier(_TabNet, TorchClassifier):
         validation_fraction=None,
         groups=None,
         memory=None,
+        checkpoint=None,
         amp=False,
         random_state=None,
         device=None,
@@ -336,8 +339,9 @@ class TabNetClassifier(_TabNet, TorchClassifier):
         super().__init__(
             modalities, pretrained=pretrained, freeze=freeze, max_epochs=max_epochs,
             batch_size=batch_size, lr=lr, weight_decay=weight_decay, patience=patience,
-            validation_fraction=validation_fraction, groups=groups, memory=memory, amp=amp,
-            random_state=random_state, device=device, verbose=verbose,
+            validation_fraction=validation_fraction, groups=groups, memory=memory,
+            checkpoint=checkpoint, amp=amp, random_state=random_state, device=device,
+            verbose=verbose,
         )  # fmt: skip
         self.n_d = n_d
         self.n_a = n_a
@@ -377,7 +381,7 @@ class TabNetRegressor(_TabNet, TorchRegressor):
     max_epochs : int, default=20
     lr : float, default=2e-2
     weight_decay : float, default=1e-4
-    batch_size, patience, validation_fraction, groups, memory : optional
+    batch_size, patience, validation_fraction, groups, memory, checkpoint : optional
         See `ehrfuse.base.TorchEstimator`.
     amp, random_state, device, verbose : optional
         See `ehrfuse.base.TorchEstimator`.
@@ -431,6 +435,7 @@ class TabNetRegressor(_TabNet, TorchRegressor):
         validation_fraction=None,
         groups=None,
         memory=None,
+        checkpoint=None,
         amp=False,
         random_state=None,
         device=None,
@@ -439,8 +444,9 @@ class TabNetRegressor(_TabNet, TorchRegressor):
         super().__init__(
             modalities, pretrained=pretrained, freeze=freeze, max_epochs=max_epochs,
             batch_size=batch_size, lr=lr, weight_decay=weight_decay, patience=patience,
-            validation_fraction=validation_fraction, groups=groups, memory=memory, amp=amp,
-            random_state=random_state, device=device, verbose=verbose,
+            validation_fraction=validation_fraction, groups=groups, memory=memory,
+            checkpoint=checkpoint, amp=amp, random_state=random_state, device=device,
+            verbose=verbose,
         )  # fmt: skip
         self.n_d = n_d
         self.n_a = n_a

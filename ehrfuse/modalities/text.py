@@ -35,6 +35,9 @@ class Text(Modality):
     lora_rank : int or None, default=None
         Train low-rank adapters of this rank in all linear layers instead of the weights
         themselves; `trainable` only. Needs ``pip install 'ehrfuse[lora]'``.
+    gradient_checkpointing : bool, default=False
+        Compute the layers of a trainable model twice instead of keeping what they gave: less
+        memory, about a third more time, the same weights.
     max_length : int, default=1024
         Tokens read of a note, from its start; words where `model` is None.
     chunk_length : int, default=256
@@ -50,6 +53,9 @@ class Text(Modality):
     cache : path or None, default=None
         Where the vectors of a frozen model are kept: an sqlite file, which several processes may
         share, or None for the memory of this process.
+    n_jobs : int or None, default=None
+        Workers of joblib that run a frozen `model` at once, also through another back-end
+        (``joblib.parallel_config("dask")``). Notes are sent to them.
     dropout : float or None, default=None
         Share of the words of a note left out in training, or dropout on the vectors of `model`.
         None is 0.5 for words and 0.1 for vectors.
@@ -93,12 +99,14 @@ class Text(Modality):
         revision=None,
         trainable=False,
         lora_rank=None,
+        gradient_checkpointing=False,
         max_length=1024,
         chunk_length=256,
         pooling="mean",
         min_count=5,
         max_words=20_000,
         cache=None,
+        n_jobs=None,
         dropout=None,
         lr_scale=None,
     ):
@@ -107,12 +115,14 @@ class Text(Modality):
         self.revision = revision
         self.trainable = trainable
         self.lora_rank = lora_rank
+        self.gradient_checkpointing = gradient_checkpointing
         self.max_length = max_length
         self.chunk_length = chunk_length
         self.pooling = pooling
         self.min_count = min_count
         self.max_words = max_words
         self.cache = cache
+        self.n_jobs = n_jobs
         self.dropout = dropout
         self.lr_scale = lr_scale
 
@@ -124,6 +134,10 @@ class Text(Modality):
             raise ValueError(
                 "trainable=True needs model=, a hub name or a folder; the words of model=None are "
                 "always trained."
+            )
+        if self.gradient_checkpointing and not self.trainable:
+            raise ValueError(
+                "gradient_checkpointing needs trainable=True; a frozen model has no gradient."
             )
         if self.lora_rank is not None:
             check_count(self.lora_rank, "lora_rank")
@@ -190,7 +204,7 @@ class Text(Modality):
         info = _hub.reopen(self.model, self.commit_ or self.revision, self.fingerprint_)
         return _hub.encode_texts(
             notes, info, max_length=self.max_length, chunk_length=self.chunk_length,
-            pooling=self.pooling, cache=self.cache,
+            pooling=self.pooling, cache=self.cache, n_jobs=self.n_jobs,
         )  # fmt: skip
 
     def _read_tokens(self, notes, present):
@@ -219,6 +233,8 @@ class Text(Modality):
             )
         else:
             network = _hub.build_model(self.config_)
+        if self.gradient_checkpointing:
+            _hub.forget_layers(network)
         lr_scale = self.lr_scale
         if lr_scale is None:
             lr_scale = 0.02 if self.lora_rank is None else 0.1

@@ -53,7 +53,15 @@ class Core(nn.Module):
     n_members : int, default=1
         Networks trained side by side with shared weights. An encoder that knows of no members is
         run once and its tokens are scaled per member.
+
+    Attributes
+    ----------
+    supervised : tuple of str
+        Loss terms that are means over known labels, the others over rows: what the loop weights
+        the parts of a divided batch by.
     """
+
+    supervised: tuple[str, ...] = ("outcome",)
 
     def __init__(
         self,
@@ -154,13 +162,20 @@ class Core(nn.Module):
         return torch.stack(list(terms.values())).sum()
 
     def on_epoch_start(self, epoch: int) -> None:
-        """Curricula and fading weights."""
+        """Curricula and fading weights; runs again for an epoch that goes on after a stop."""
 
     def on_step_begin(self, batch: BatchLike) -> None:
         """An inner optimiser, before the outer step."""
 
     def on_step_end(self) -> None:
         """Moving averages, after the outer step."""
+
+    def loop_state(self) -> dict[str, Tensor]:
+        """What a core keeps between steps beside its `state_dict`, for a fit that goes on later."""
+        return {}
+
+    def load_loop_state(self, state: dict[str, Tensor]) -> None:
+        """Put back what `loop_state` gave."""
 
 
 def members_of(encoder: nn.Module) -> int:

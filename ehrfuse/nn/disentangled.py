@@ -11,6 +11,7 @@ from ehrfuse.nn.attention import CrossBlock, TransformerBlock
 from ehrfuse.nn.encoders import Tokens
 from ehrfuse.nn.fusion import masked_mean
 from ehrfuse.nn.losses import gaussian_nll, vclub
+from ehrfuse.nn.state import load_optimizer_state, optimizer_state
 
 JOINTS = ("kron", "lowrank", "none")
 RANK = 16  # joint tokens of "lowrank"
@@ -48,13 +49,26 @@ class MutualInformation(nn.Module):
 
     def learn(self, x: Tensor, y: Tensor, n_steps: int) -> None:
         """Fit q to x and y, whose gradient is not wanted."""
+        optimizer = self._own_optimizer()
+        for _ in range(n_steps):
+            optimizer.zero_grad(set_to_none=True)
+            self(x.detach(), y.detach(), False).backward()
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """State of q's optimiser, for a fit that goes on later; empty before its first step."""
+        return {} if self._optimizer is None else optimizer_state(self._optimizer)
+
+    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
+        """Put back what `optimizer_state` gave."""
+        if state:
+            load_optimizer_state(self._own_optimizer(), state)
+
+    def _own_optimizer(self) -> torch.optim.Optimizer:
         if self._optimizer is None:
             self._optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3, weight_decay=0.0)
-        for _ in range(n_steps):
-            self._optimizer.zero_grad(set_to_none=True)
-            self(x.detach(), y.detach(), False).backward()
-            self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        return self._optimizer
 
 
 class Disentangled(nn.Module):

@@ -146,6 +146,7 @@ def test_a_cell_that_is_no_text_is_named_but_not_shown(cell, kind):
         ({"max_words": "all"}, "max_words='all' must be"),
         ({"pooling": "max"}, "pooling='max' is not known"),
         ({"trainable": True}, "trainable=True needs model="),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing needs trainable=True"),
     ],
 )
 def test_parameters_out_of_range_are_named(options, message):
@@ -316,6 +317,26 @@ def test_a_trained_model_learns(bert):
     start = clf.modalities_["note"].make_encoder(8).backbone.state_dict()
     assert any(not torch.equal(moved[name], start[name]) for name in moved)
     assert clf.score(X, y) == 1.0
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_layers_computed_twice_give_the_same_weights(bert, lora_rank):
+    from ehrfuse.methods.fusion import FusionClassifier
+
+    X, y = frame(NOTES * 4), np.arange(24) % 2
+    found = []
+    for twice in (False, True):
+        text = Text(
+            "note", model=bert, trainable=True, chunk_length=16, lora_rank=lora_rank, lr_scale=1.0,
+            gradient_checkpointing=twice,
+        )  # fmt: skip
+        clf = FusionClassifier({"note": text}, n_members=1, max_epochs=2, random_state=0)
+        clf.fit(X, y)
+        layers = clf.module_.encoders["note"].backbone.model.modules()
+        assert any(getattr(layer, "gradient_checkpointing", False) for layer in layers) is twice
+        found.append(clf.module_.state_dict())
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, atol=1e-6, rtol=0)
 
 
 def test_a_tokenizer_without_a_stored_form_is_refused():

@@ -13,6 +13,7 @@ PACKAGE = Path(ehrfuse.__file__).parent
 HEAVY = {
     "transformers", "tokenizers", "pytorch_tabnet", "matplotlib", "duckdb", "PIL", "pooch", "peft",
     "bm25s", "graspologic_native", "ahocorasick", "rapidfuzz", "xgboost", "imblearn", "ibis",
+    "datasketch",
 }  # fmt: skip
 
 # Layer -> what it may import: our own layers, then packages beside the standard library.
@@ -71,7 +72,7 @@ LAYERS = {
     ),
     "evaluation": (
         {"_patterns", "_runtime"},
-        {"numpy", "pandas", "pyarrow", "sklearn", "scipy", "matplotlib"},
+        {"numpy", "pandas", "pyarrow", "sklearn", "scipy", "matplotlib", "datasketch"},
     ),
     "datasets": (
         {"_runtime", "modalities"},

@@ -1,6 +1,7 @@
 """Honest evaluation of any scikit-learn estimator on data with missing modalities."""
 
 from ehrfuse.evaluation.attention import AttentionChangeDisplay
+from ehrfuse.evaluation.audit import LeakageReport, audit_leakage
 from ehrfuse.evaluation.displays import MissingPatternDisplay
 from ehrfuse.evaluation.explanations import explain_in_words, sensitivity, silhouette_report
 from ehrfuse.evaluation.folds import out_of_fold
@@ -18,8 +19,10 @@ __all__ = [
     "METRICS",
     "AttentionChangeDisplay",
     "EmbeddingDisplay",
+    "LeakageReport",
     "MissingPatternDisplay",
     "TimelineDisplay",
+    "audit_leakage",
     "bootstrap_scores",
     "explain_in_words",
     "masked_scorer",

@@ -184,8 +184,12 @@ def told_by_trees(matrix, target, binary, folds, seed):
         train = np.setdiff1d(np.flatnonzero(~np.isnan(target)), rows)
         if len(np.unique(target[train])) < 2:
             continue
+        x, other = matrix[train], matrix[rows]
+        varied = [len(np.unique(column[~np.isnan(column)])) > 1 for column in x.T]
+        if not any(varied):
+            continue
         model = kind(max_iter=50, max_leaf_nodes=6, early_stopping=False, random_state=seed)
-        model.fit(matrix[train], target[train])
-        score = model.predict_proba(matrix[rows])[:, 1] if binary else model.predict(matrix[rows])
-        told[rows] = score
+        model.fit(x[:, varied], target[train])
+        other = other[:, varied]
+        told[rows] = model.predict_proba(other)[:, 1] if binary else model.predict(other)
     return told

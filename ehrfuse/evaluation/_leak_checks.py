@@ -24,10 +24,11 @@ TOO_GOOD = 0.9
 TERMS_TOO_GOOD = 0.8
 FLAGS_TOO_GOOD = 0.8
 SCORE = 0.72  # from here a column may be the output of a model ...
-SCORE_EXPLAINED = 0.4  # ... if the others explain so much of it (R squared)
-SCORE_MARGIN = 0.03  # ... and all of them together hardly do better
-FOLLOWS = 0.8  # rank correlation with a column that was found
-PURE = 0.9  # lower bound of the outcome's rate in a level that names it
+SCORE_EXPLAINED = 0.35  # ... if the others explain so much of it (R squared)
+SCORE_MARGIN = 0.03  # ... and all of them together hardly do better,
+STRONG = 0.8  # ... or if it is as good as this
+FOLLOWS = 0.7  # rank correlation with a column that was found
+PURE = 0.85  # lower bound of the outcome's rate in a level that names it
 _RARE = 1e-4  # p-value of such a level by chance, for all levels together
 _BOOTSTRAP = 200
 _SURE = 5.0  # standard errors from chance, for all columns together
@@ -96,10 +97,14 @@ class Columns:
         return bool((skill - 0.5) / error > max(_SURE - 1, beyond))
 
 
+def _scaled(matrix):
+    spread = matrix.std(axis=0)
+    return (matrix - matrix.mean(axis=0)) / np.where(spread > 0, spread, 1)
+
+
 def _told(column, targets, folds):
     if column.kind == "vector":
-        spread = column.data.std(axis=0)
-        matrix = (column.data - column.data.mean(axis=0)) / np.where(spread > 0, spread, 1)
+        matrix = _scaled(column.data)
         return [told_by_ridge(matrix, target, folds, alpha=len(matrix) / 4) for target in targets]
     codes = bins_of(column)
     return [told_by_bins(codes, target, folds) for target in targets]
@@ -130,7 +135,7 @@ def single_columns(case, columns):
         middle = np.median(list(skills.values())) if skills else np.nan
         spread = max(1.4826 * np.median(np.abs(np.array(list(skills.values())) - middle)), 0.02)
         for name, skill in skills.items():
-            outlying = len(skills) < 5 or skill > middle + 2 * spread
+            outlying = len(skills) < 5 or skill > middle + 3 * spread
             why, low = "", np.nan
             if skill >= SCORE and columns.sure(target, skill, len(skills) * len(columns.targets)):
                 low = columns.low(target, columns.told[name][place])
@@ -140,13 +145,13 @@ def single_columns(case, columns):
             if not why and level:
                 why = level
             rows.append({"column": name, "target": target.name, "skill": skill, "low": low,
-                         "middle": middle, "outlying": outlying, "why": why})  # fmt: skip
+                         "middle": middle, "spread": spread, "why": why})  # fmt: skip
             if why:
                 found[name] = "leak"
     _find_scores(columns, rows, found)
     _find_followers(columns, rows, found)
     table = _table(rows, "skill")
-    table = table[(table["why"] != "") | (table.index < 10)].drop(columns="outlying")
+    table = table[(table["why"] != "") | (table.index < 10)].drop(columns="spread")
     if not found:
         best = table.iloc[0] if len(table) else {"column": "-", "skill": np.nan}
         text = f"No column alone tells the outcome; the best reaches {best['skill']:.2f}."
@@ -205,35 +210,41 @@ def _wilson_low(hits, n, z=1.645):
 def _find_scores(columns, rows, found):
     """Columns as good as all others together, and explained by them: outputs of a model."""
     for place, target in enumerate(columns.targets):
-        mine = [r for r in rows if r["target"] == target.name and not r["why"]]
         likely = [
-            r for r in mine
-            if r["skill"] >= SCORE and not np.isnan(r["low"]) and r["outlying"]
+            row for row in rows
+            if row["target"] == target.name and not row["why"] and not np.isnan(row["low"])
         ]  # fmt: skip
         if not likely or len(columns.told) < 3:
             continue
-        explained = {}
-        for row in likely:
-            told = rankdata(columns.told[row["column"]][place])
-            others = columns.numbers(without=[row["column"]])
-            guess = told_by_trees(others, told, False, columns.case.inner, 0)
-            explained[row["column"]] = 1 - np.nanmean((told - guess) ** 2) / np.var(told)
-        scores = [n for n, share in explained.items() if share >= SCORE_EXPLAINED]
-        if not scores:
+        shares = {row["column"]: _explained(columns, row["column"], place) for row in likely}
+        # All strong columns leave: a score must not be hidden by another, nor by what it follows.
+        out = {*shares, *found}
+        rest = [scores[place] for name, scores in columns.told.items() if name not in out]
+        if max(shares.values()) < SCORE_EXPLAINED or not rest:
             continue
-        rest = columns.numbers(without=[*scores, *found])
-        joint = 0.5
-        if rest.shape[1]:
-            told = told_by_trees(rest, target.values, target.binary, columns.case.inner, 0)
-            joint = target.skill(told)
+        # A sum, no trees: what the rest tells by interactions may be a leak that is left in it.
+        rest = _scaled(np.column_stack(rest))
+        told = told_by_ridge(rest, target.values, columns.case.inner, alpha=len(rest) / 4)
+        joint = target.skill(told)
+        enough = min(joint - SCORE_MARGIN, STRONG)
         for row in likely:
-            share = explained[row["column"]]
-            if share >= SCORE_EXPLAINED and row["skill"] >= joint - SCORE_MARGIN:
+            share = shares[row["column"]]
+            good = row["skill"] > row["middle"] + row["spread"]
+            if share >= SCORE_EXPLAINED and good and row["skill"] >= enough:
                 row["why"] = (
-                    f"as good as the {rest.shape[1]} other columns together ({joint:.2f}), "
-                    f"and {share:.0%} explained by columns"
+                    f"{share:.0%} explained by other columns, and near what {rest.shape[1]} "
+                    f"others tell together ({joint:.2f})"
                 )
                 found.setdefault(row["column"], "warn")
+
+
+def _explained(columns, name, place):
+    """Share of a column's variance, as risk of a target, that all other columns explain."""
+    told = rankdata(columns.told[name][place])
+    rows = columns.case.inner[0]
+    others = columns.numbers(without=[name])
+    guess = told_by_trees(others, told, False, [rows], 0)[rows]
+    return 1 - np.mean((told[rows] - guess) ** 2) / np.var(told[rows])
 
 
 def _find_followers(columns, rows, found):

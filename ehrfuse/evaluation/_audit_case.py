@@ -176,7 +176,10 @@ class Case:
             else:
                 cv = GroupKFold(n_folds)
         if hasattr(cv, "split"):
-            return [tuple(map(np.asarray, fold)) for fold in cv.split(self.X, self.y, groups)]
+            with warnings.catch_warnings():  # that groups are ignored is what the audit finds
+                warnings.simplefilter("ignore", UserWarning)
+                folds = list(cv.split(self.X, self.y, groups))
+            return [tuple(map(np.asarray, fold)) for fold in folds]
         place = np.full(int(known.max()) + 1, -1)
         place[known] = np.arange(len(known))
         folds = [tuple(np.asarray(part) for part in fold) for fold in cv]
@@ -246,7 +249,9 @@ class Case:
         model = clone(self.estimator)
         params = model.get_params(deep=True)
         names = [n for n, v in params.items() if n.split("__")[-1] == "random_state" and v is None]
-        return model.set_params(**dict.fromkeys(names, self.seed % 2**31))
+        if names:  # a frozen estimator takes no parameters
+            model.set_params(**dict.fromkeys(names, self.seed % 2**31))
+        return model
 
     def fit(self, X, y):
         """A fresh fit under one seed; what it draws from global streams is given back."""

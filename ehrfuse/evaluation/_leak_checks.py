@@ -434,9 +434,7 @@ def _flags_together(columns, flags, found):
         skill = target.skill(told)
         if skill < FLAGS_TOO_GOOD or not columns.sure(target, skill, 1):
             continue
-        values = columns.numbers()
-        middle = np.nan_to_num(np.nanmedian(values, axis=0)) if values.shape[1] else 0
-        values = np.where(np.isnan(values), middle, values)
+        values = _drawn(columns.numbers(), columns.case.rng(9))
         filled = 0.5
         if values.shape[1]:
             told = told_by_trees(values, target.values, target.binary, columns.case.inner, 0)
@@ -447,3 +445,12 @@ def _flags_together(columns, flags, found):
                 f"do ({filled:.2f})."
             )
     return ""
+
+
+def _drawn(matrix, rng):
+    """Missing cells filled with values of other rows, so that nothing tells them apart."""
+    matrix = matrix.copy()
+    for column in matrix.T:
+        lost = np.isnan(column)
+        column[lost] = rng.choice(column[~lost], lost.sum()) if not lost.all() else 0.0
+    return matrix

@@ -216,14 +216,23 @@ def _across(case, rows, neighbours, what):
                 copies.append(
                     np.nanmean(values[others]) if not np.isnan(values[others]).all() else np.nan
                 )
-    own, copies = values[hit], np.array(copies)
-    known = ~np.isnan(own) & ~np.isnan(copies)
-    agree, p = False, np.nan
-    if known.sum() >= 5 and own[known].std() > 0 and copies[known].std() > 0:
-        p = np.corrcoef(own[known], copies[known])[0, 1]
-        agree = bool(p * np.sqrt(known.sum() - 1) > 3)
+    agree, p = _outcomes_agree(values, values[hit], np.array(copies))
     return {"what": what, "test rows": len(hit), "of": n_test,
             "correlation of outcomes": p, "labels agree": agree}  # fmt: skip
+
+
+def _outcomes_agree(values, own, copies):
+    """Whether rows and their copies have the outcome in common beyond chance."""
+    known = ~np.isnan(own) & ~np.isnan(copies)
+    own, copies = own[known], copies[known]
+    if len(own) < 5:
+        return False, np.nan
+    if own.std() > 0 and copies.std() > 0:
+        p = np.corrcoef(own, copies)[0, 1]
+        return bool(p * np.sqrt(len(own) - 1) > 3), p
+    # All of one class, as after oversampling; the common class comes by itself.
+    share = np.nanmean(values == own[0])
+    return bool(share <= 0.8 and own.std() == 0 and share ** len(own) < 1e-6), np.nan
 
 
 def _cells(case, frame):
@@ -452,9 +461,15 @@ def _is_target_mean(values, target):
     if means.std() == 0 or np.ptp(levels) == 0:
         return False
     # Smoothing by m rows of mean p: count * (level - mean) = m * (p - level), a straight line.
+    # Levels that two categories share lie off it, so most levels must lie on it, not all.
     pulled = counts * (levels - means)
     design = np.column_stack([np.ones(len(levels)), levels])
-    weights, *_ = np.linalg.lstsq(design, pulled, rcond=None)
-    left = pulled - design @ weights
     scale = (counts * np.abs(means - np.average(means, weights=counts))).max()
-    return bool(np.abs(left).max() < 1e-5 * scale) and len(levels) > 3
+    weights = np.ones(len(levels))
+    for _ in range(30):  # least absolute differences by reweighting
+        root = np.sqrt(weights)
+        line, *_ = np.linalg.lstsq(design * root[:, None], pulled * root, rcond=None)
+        left = np.abs(pulled - design @ line)
+        weights = 1 / np.maximum(left, 1e-9 * scale)
+    on_it = left < 1e-5 * scale
+    return bool(on_it.sum() >= max(5, 0.7 * len(levels)))

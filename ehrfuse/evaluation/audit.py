@@ -38,9 +38,10 @@ CHECKS = {  # what each asks, in the order of the report
     "single_columns": "Does a column alone tell the outcome?",
     "terms": "Do words or codes name the outcome?",
     "missingness": "Does being there tell the outcome?",
+    # First of the fits: what others leave behind would look like a difference of its own.
+    "held_out_labels": "Do other labels of test rows change predictions?",
     "permuted_labels": "Is a cross-validation on permuted labels at chance?",
     "permuted_training": "Does a fit on permuted labels tell the true ones?",
-    "held_out_labels": "Do other labels of test rows change predictions?",
     "other_rows": "Do other test rows change a row's prediction?",
 }
 _WIDTH = 100

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 from scipy.sparse import csr_matrix
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 from sklearn.linear_model import Ridge
@@ -30,6 +31,9 @@ class Column(NamedTuple):
 def read_column(cells):
     """Tell what a column holds and take out what can be learned from."""
     present = cells.notna().to_numpy()
+    flat = _records_of(cells)
+    if flat is not None:
+        return Column("records", present, flat)
     if isinstance(cells.dtype, pd.ArrowDtype) and pa.types.is_nested(cells.dtype.pyarrow_dtype):
         return _read_lists(cells.to_numpy(dtype=object, na_value=None), present)
     if isinstance(cells.dtype, pd.CategoricalDtype):
@@ -56,6 +60,12 @@ def read_column(cells):
     return Column("other", present)
 
 
+def _records_of(cells):
+    """Flat records, where the cells may be lists at all."""
+    plain = cells.dtype != object and not isinstance(cells.dtype, pd.ArrowDtype)
+    return None if plain else flat_records(cells)
+
+
 def _read_strings(values, present):
     words = [_WORD.findall(v.lower()) if p else [] for v, p in zip(values, present, strict=True)]
     few = len(set(values[present])) <= MAX_LEVELS
@@ -67,8 +77,6 @@ def _read_strings(values, present):
 
 def _read_lists(values, present):
     first = next((c[0] for c in values[present] if len(c)), None)
-    if isinstance(first, dict):
-        return Column("records", present, flat_records(values, present))
     if isinstance(first, str):
         empty = [[f"{v}" for v in c] if p else [] for c, p in zip(values, present, strict=True)]
         return Column("codes", present, empty)
@@ -82,14 +90,31 @@ def _read_lists(values, present):
     return Column("other", present)
 
 
-def flat_records(values, present):
-    """One line per record: `row` and the fields of the record."""
-    rows = [row for row in np.flatnonzero(present) for _ in values[row]]
-    flat = pd.DataFrame.from_records(
-        [record for row in np.flatnonzero(present) for record in values[row]]
-    )
-    flat.insert(0, "row", rows, allow_duplicates=True)
+def flat_records(cells):
+    """One line per record of a column: `row` and the fields; None if it holds no records."""
+    if isinstance(cells.dtype, pd.ArrowDtype):
+        return _flat_arrow(pa.array(cells))
+    values, present = cells.to_numpy(dtype=object), cells.notna().to_numpy()
+    filled = [row for row in np.flatnonzero(present) if isinstance(values[row], list | np.ndarray)]
+    first = next((values[row][0] for row in filled if len(values[row])), None)
+    if not isinstance(first, dict):
+        return None
+    flat = pd.DataFrame.from_records([record for row in filled for record in values[row]])
+    flat.insert(0, "row", [row for row in filled for _ in values[row]], allow_duplicates=True)
     return flat
+
+
+def _flat_arrow(lists):
+    """The same of an Arrow column, without a Python object per record."""
+    lists = lists.combine_chunks() if isinstance(lists, pa.ChunkedArray) else lists
+    is_list = pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)
+    if not is_list or not pa.types.is_struct(lists.type.value_type):
+        return None
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+    records = lists.flatten()
+    names = [field.name for field in lists.type.value_type]
+    fields = {name: part.to_pandas() for name, part in zip(names, records.flatten(), strict=True)}
+    return pd.DataFrame({"row": np.repeat(np.arange(len(lists)), lengths), **fields})
 
 
 def tokens_of(column):

@@ -30,6 +30,7 @@ STRONG = 0.8  # ... or if it is as good as this
 FOLLOWS = 0.7  # rank correlation with a column that was found
 PURE = 0.85  # lower bound of the outcome's rate in a level that names it
 _RARE = 1e-4  # p-value of such a level by chance, for all levels together
+_CODED = 5  # numbers of at most so many values are codes
 _BOOTSTRAP = 200
 _SURE = 5.0  # standard errors from chance, for all columns together
 _N_TERMS = 10
@@ -175,8 +176,8 @@ def _pure_level(columns, name, target):
     if not target.binary or column.kind == "vector":
         return ""
     codes = bins_of(column)
-    if column.kind == "number" and len(np.unique(column.data[column.present])) > 20:
-        return ""
+    if column.kind == "number" and len(np.unique(column.data[column.present])) > _CODED:
+        return ""  # the ends of an honest scale may be nearly certain
     known = ~np.isnan(target.values) & column.present
     return _pure(codes[known], target.values[known], columns.codes[known], target.values)
 

@@ -257,6 +257,8 @@ def _cells(case, frame):
             codes = bins = np.where(column.present, column.data, -1)
         elif column.kind == "other":
             continue
+        elif column.kind == "records":
+            codes = bins = _codes_of_records(column)
         else:
             text = [str(c) if p else None for c, p in zip(cells, column.present, strict=True)]
             codes = bins = pd.factorize(np.array(text, dtype=object))[0]
@@ -265,6 +267,19 @@ def _cells(case, frame):
     if len(fine) < 3:
         return None
     return np.column_stack(fine), np.column_stack(coarse)
+
+
+def _codes_of_records(column):
+    """Codes of cells by what their records hold, -1 where there are none."""
+    fields = column.data.drop(columns="row")
+    for name, cells in fields.items():
+        if cells.dtype == object:  # lists of codes
+            fields[name] = cells.astype(str)
+    marks = pd.util.hash_pandas_object(fields, index=False).to_numpy()
+    sums = np.zeros(len(column.present), dtype=np.uint64)
+    np.add.at(sums, column.data["row"].to_numpy(), marks)
+    filled = np.bincount(column.data["row"], minlength=len(sums)) > 0
+    return np.where(filled, pd.factorize(sums)[0], -1)
 
 
 def _says(codes):
@@ -343,16 +358,10 @@ def _later(cells, time):
 
 
 def _dated_records(cells):
-    if pd.api.types.is_numeric_dtype(cells.dtype):
+    if cells.dtype != object and not isinstance(cells.dtype, pd.ArrowDtype):
         return None
-    present = cells.notna().to_numpy()
-    values = cells.to_numpy(dtype=object)
-    first = next(
-        (c[0] for c in values[present] if isinstance(c, list | np.ndarray) and len(c)), None
-    )
-    if not isinstance(first, dict) or "time" not in first:
-        return None
-    return flat_records(values, present)
+    flat = flat_records(cells)
+    return flat if flat is not None and "time" in flat else None
 
 
 def _late_records(case, name, flat):

@@ -13,7 +13,7 @@ PACKAGE = Path(ehrfuse.__file__).parent
 HEAVY = {
     "transformers", "tokenizers", "pytorch_tabnet", "matplotlib", "duckdb", "PIL", "pooch", "peft",
     "bm25s", "graspologic_native", "ahocorasick", "rapidfuzz", "xgboost", "imblearn", "ibis",
-    "skops", "huggingface_hub", "mapie", "accelerate",
+    "skops", "huggingface_hub", "mapie", "accelerate", "datasketch",
 }  # fmt: skip
 
 # Layer -> what it may import: our own layers, then packages beside the standard library.
@@ -95,7 +95,7 @@ LAYERS = {
     ),
     "evaluation": (
         {"_patterns", "_progress", "_runtime"},
-        {"numpy", "pandas", "pyarrow", "sklearn", "scipy", "matplotlib"},
+        {"numpy", "pandas", "pyarrow", "sklearn", "scipy", "matplotlib", "datasketch"},
     ),
     "datasets": (
         {"_runtime", "modalities"},

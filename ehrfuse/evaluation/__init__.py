@@ -2,6 +2,7 @@
 
 from ehrfuse.evaluation._tables import Comparison
 from ehrfuse.evaluation.attention import AttentionChangeDisplay
+from ehrfuse.evaluation.audit import LeakageReport, audit_leakage
 from ehrfuse.evaluation.comparison import compare
 from ehrfuse.evaluation.conformal import ConformalByPattern
 from ehrfuse.evaluation.contribution import modality_contribution
@@ -37,10 +38,12 @@ __all__ = [
     "DecisionCurveDisplay",
     "EmbeddingDisplay",
     "KnowledgeEvidenceDisplay",
+    "LeakageReport",
     "MissingPatternDisplay",
     "PatternCalibrationDisplay",
     "TimelineDisplay",
     "TrainingHistoryDisplay",
+    "audit_leakage",
     "bootstrap_scores",
     "calibration_table",
     "compare",

@@ -188,7 +188,7 @@ def events(args):
 def _stream_errors(args, name, data, train, test, seed):
     store = Store(args.results / "accuracy_masked_labs")
     model = MaskedLabPretrainer(
-        {"labs": Events("course", max_events=256)}, use_time=True, random_state=seed
+        {"labs": Events("course", max_events=256)}, use_time=True, batch_size=16, random_state=seed
     )
     test = test.reset_index(drop=True)
     content = hashlib.blake2b(pd.util.hash_pandas_object(train).to_numpy()).hexdigest()

@@ -217,7 +217,7 @@ class MEDFuseClassifier(TorchClassifier):
         Fitted here on the training rows; see `ehrfuse.base.TorchEstimator`.
     pretrained_lr_scale : float, default=0.2
         Multiple of the learning rate for encoders that were taken over.
-    max_epochs : int, default=20
+    max_epochs : int, default=10
         The learning rate falls along a cosine to zero over these epochs.
     batch_size : int or "auto", default=24
         Attention needs more steps than the other networks here; "auto" is a twelfth of the training
@@ -307,7 +307,7 @@ class MEDFuseClassifier(TorchClassifier):
         pretrained=None,
         pretrained_lr_scale=0.2,
         freeze=(),
-        max_epochs=20,
+        max_epochs=10,
         batch_size=24,
         lr=2e-3,
         weight_decay=1.0,

@@ -48,6 +48,7 @@ def main():
     options = parser(__doc__.splitlines()[0], SECTIONS)
     options.add_argument("--splits", type=int, default=5, help="splits of the imputation sections")
     options.add_argument("--rows", type=int, default=TRAIN_ROWS, help="training rows of a table")
+    options.add_argument("--folds", type=int, default=3, help="of three, run (downstream)")
     args = parse(options)
     warnings.filterwarnings("ignore", category=ConvergenceWarning)
     run = {"tables": tables, "events": events, "downstream": downstream}
@@ -358,7 +359,8 @@ def _death(args):
     folds = 2 if args.quick else 3
 
     def splits(seed):
-        return list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(X, y))
+        cut = StratifiedKFold(folds, shuffle=True, random_state=seed).split(X, y)
+        return list(cut)[: args.folds]
 
     return X, y, splits
 

@@ -35,6 +35,7 @@ def main():
     """Run the sections asked for and print one table."""
     options = parser(__doc__.splitlines()[0], SECTIONS)
     options.add_argument("--text-model", help="a Hugging Face model (frozen), a name or a folder")
+    options.add_argument("--models", nargs="+", help="only these rows of the disease tables")
     args = parse(options)
     run = {"eicu": eicu, "mimic4": mimic4, "mimic3": mimic3, "synthetic": synthetic}
     finish(args, [r for section in args.only for r in run[section](args)])
@@ -74,10 +75,10 @@ def models(data, names, seed, args):
         f"{OURS}(no linear path)": network(linear=False),
         f"{OURS}(cross_fit)": network(cross_fit=3),
     }
+    kept = args.models or list(found)
     if args.quick:
         kept = ("keyword", "TF-IDF + logistic regression", f"{TREES}(labs)", OURS)
-        found = {name: found[name] for name in kept}
-    return found
+    return {name: model for name, model in found.items() if name in kept}
 
 
 def _trees(seed):
@@ -230,7 +231,7 @@ def ten_diseases(data, there, args, masked):
                 X = NoteSectionizer(sections=(), hide_terms=tuple(terms)).fit_transform(X)
             made = models(Bunch(labs=data.labs), names, seed, args)
             if "mimic" in data.name:
-                made.pop("keyword")  # codes have no words to look for
+                made.pop("keyword", None)  # codes have no words to look for
             if masked:
                 kept = ("keyword", "TF-IDF + logistic regression", OURS, f"{TREES}(labs)",
                         "late fusion of trees and TF-IDF")  # fmt: skip

@@ -100,7 +100,10 @@ class MEDFuseCore(Core):
         return self.trunk(branches)
 
     def _thin(self, x):
-        """Leave lab values out at random, as pretraining does; at least one of a row stays."""
+        """Leave lab values out at random, as pretraining does; at least one of a row stays.
+
+        NOTE[DIFF] The paper's summary names no such thing for the fused model.
+        """
         if "code_mask" not in x:
             return x
         mask = x["code_mask"]
@@ -258,6 +261,10 @@ class MEDFuseClassifier(TorchClassifier):
     * the collapse guard: without it a constant shared part makes the bound zero;
     * all parts are trained together, or in two stages with out-of-fold scores of the text model;
       the paper tunes the text model on the labels of the rows whose embeddings it then reads;
+    * the network begins with a linear model of the same words and values and learns what that
+      leaves over, on training rows its log-odds without the row itself (``linear=False`` is the
+      paper);
+    * training leaves half of the lab values out, at random (``value_dropout=0`` is the paper);
     * the weight of the bound is 0.01 instead of 0.1: here it is a sum over the axes of a token;
     * eight small last layers side by side, whose probabilities are averaged.
 

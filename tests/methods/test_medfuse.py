@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 from tiny_models import write_bert, write_llama
 from torch.distributions import Normal
 
-from ehrfuse import Embedding, Labs, LabTextifier, MEDFuseClassifier, NoteSectionizer, Text
+from ehrfuse import Embedding, Events, Labs, LabTextifier, MEDFuseClassifier, NoteSectionizer, Text
 from ehrfuse.datasets import make_ehr
 from ehrfuse.methods import _linear_path, medfuse
 from ehrfuse.nn.disentangled import Disentangled, MutualInformation, collapse
@@ -128,6 +128,22 @@ def test_values_left_out_are_random_and_one_stays(share):
             thin["value"][row][thin["code_mask"][row]], x["value"][row][kept]
         )
     assert model.module_._thin({"ids": x["code"]}) == {"ids": x["code"]}
+
+
+def test_streams_of_unequal_length_do_not_depend_on_their_batch():
+    rng = np.random.default_rng(0)
+
+    def stream(n):
+        return [{"time": -float(t), "code": "abcde"[t % 5], "value": rng.normal()}
+                for t in range(n)]  # fmt: skip
+
+    lengths = np.r_[rng.integers(0, 8, 40), 60, 90]
+    X = pd.DataFrame({"one": [stream(n) for n in lengths], "two": [stream(5) for _ in lengths]})
+    modalities = {name: Events(name) for name in X}
+    model = MEDFuseClassifier(modalities, max_epochs=1, **SMALL).fit(X, np.arange(42) % 2)
+    rows = np.array([3, 40, 41])
+    alone = np.vstack([model.predict_proba(X.iloc[[i]]) for i in rows])
+    np.testing.assert_allclose(alone, model.predict_proba(X)[rows], atol=1e-6)
 
 
 # ---------------------------------------------------------------- the bound

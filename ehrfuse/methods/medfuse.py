@@ -75,7 +75,7 @@ class MEDFuseCore(Core):
         logits = self.heads(row).unflatten(0, (-1, self.members))
         if self.linear is None:
             return logits
-        if self.training:
+        if self.training and PATH in batch.inputs:
             return logits + batch.inputs[PATH]["log_odds"][:, None]
         return logits + self.linear(batch.inputs, batch.present)[:, None]
 

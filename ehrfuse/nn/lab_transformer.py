@@ -90,14 +90,13 @@ class LabTransformer(nn.Module):
         parts = similar(mask)
         if len(parts) == 1:
             return self._read(x)
-        found, size = None, 1 + int(mask.sum(1).max())
+        size, tokens = 1 + int(mask.sum(1).max()), []
         for rows in parts:
             n = int(mask[rows].sum(1).max())
             token, _ = self._read({key: part[rows, :n] for key, part in x.items()})
-            if found is None:
-                found = token.new_zeros(len(mask), size, self.n_outputs)
-            found = found.index_put((rows,), F.pad(token, (0, 0, 0, size - token.shape[1])))
-        return found, F.pad(mask[:, : size - 1], (1, 0), value=True)
+            tokens.append(F.pad(token, (0, 0, 0, size - token.shape[1])))
+        order = torch.cat(parts).argsort()
+        return torch.cat(tokens)[order], F.pad(mask[:, : size - 1], (1, 0), value=True)
 
     def _read(self, x: dict[str, Tensor]) -> Tokens:
         value = x["value"].nan_to_num()[..., None]
@@ -225,14 +224,17 @@ class LabDecoder(nn.Module):
         mask: Tensor,
         seen: tuple[dict[str, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        x, line = self.what(code), 0.0
+        x = self.what(code)
         if self.when is not None and time is not None:
             x = x + self.when(sinusoids(time, self.frequencies))
+        means = None
         if self.recall is not None and seen is not None:
             means, weights = self.recall(code, time, *seen)
             x = x + self.told(torch.cat([means, weights], -1))
-            line = F.pad((means * self.trust(code)).sum(-1, keepdim=True), (0, 1))
         for block in self.blocks:
             x = block(x, memory, mask)
         weight = self.read(code).unflatten(-1, (2, -1))
-        return torch.einsum("bqd,bqkd->bqk", self.norm(x), weight) + self.start(code) + line
+        found = torch.einsum("bqd,bqkd->bqk", self.norm(x), weight) + self.start(code)
+        if means is None:
+            return found
+        return found + F.pad((means * self.trust(code)).sum(-1, keepdim=True), (0, 1))

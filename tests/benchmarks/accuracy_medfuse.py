@@ -35,6 +35,7 @@ def main():
     """Run the sections asked for and print one table."""
     options = parser(__doc__.splitlines()[0], SECTIONS)
     options.add_argument("--text-model", help="a Hugging Face model (frozen), a name or a folder")
+    options.add_argument("--inner", type=int, default=3, help="inner fits for thresholds, of 3")
     options.add_argument("--models", nargs="+", help="only these rows of the disease tables")
     args = parse(options)
     run = {"eicu": eicu, "mimic4": mimic4, "mimic3": mimic3, "synthetic": synthetic}
@@ -45,11 +46,7 @@ def main():
 
 
 def models(data, names, seed, args):
-    """Name to unfitted classifier of the ten tasks; each chooses thresholds on training rows.
-
-    Networks choose them on a third of the rows, which one further fit has not seen, the others
-    on all rows by three.
-    """
+    """Name to unfitted classifier of the ten tasks; each chooses thresholds on training rows."""
     note = Text("note", model=args.text_model)
     parts = {"note": note, "labs": Labs(data.labs)}
     pretrainer = MaskedLabPretrainer(random_state=seed)
@@ -59,7 +56,7 @@ def models(data, names, seed, args):
             params.pop("modalities", parts), groups="subject", random_state=seed,
             memory=str(args.results / "pretrained"), **{"pretrained": pretrainer} | params,
         )  # fmt: skip
-        return Tuned(model, seed, n_inner=1)
+        return Tuned(model, seed, n_inner=args.inner)
 
     labs_only = Tuned(PerTask(make_pipeline(Take(data.labs), _trees(seed))), seed)
     words = Tuned(PerTask(_words()), seed)

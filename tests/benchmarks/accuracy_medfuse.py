@@ -240,7 +240,7 @@ def ten_diseases(data, there, args, masked):
                     model=model_name, seed=seed, fold=number, names=names, p=p, cut=cut,
                     y=y.iloc[test].to_numpy(), groups=groups[test],
                 ))  # fmt: skip
-    return _score_rows(name, task, parts, args)
+    return _score_rows(name, task, parts, args) if parts else []
 
 
 def _folds(data, there, args):

@@ -28,7 +28,7 @@ from ehrfuse import Labs, MaskedLabPretrainer, MEDFuseClassifier, NoteSectionize
 
 SECTIONS = ("eicu", "mimic4", "mimic3", "synthetic")
 OURS, TREES = "MEDFuseClassifier", "HistGradientBoosting"
-N_BOOT = 300
+N_BOOT = 200
 
 
 def main():

@@ -29,7 +29,7 @@ from ehrfuse.modalities import Events, Labs
 from ehrfuse.modalities._lab_tokens import lab_tokens
 from ehrfuse.nn.core import Core
 from ehrfuse.nn.fusion import Absence, masked_mean
-from ehrfuse.nn.lab_transformer import LabDecoder
+from ehrfuse.nn.lab_transformer import LabDecoder, pack
 
 __all__ = ["MaskedLabPretrainer"]
 
@@ -62,16 +62,6 @@ def copied(code, mask, maskable, n_codes):
     return maskable & ~other.gather(1, code.long())
 
 
-def pack(chosen, **parts):
-    """Move the chosen of every row to the front and cut: parts (b, t) -> parts (b, v), mask."""
-    n = chosen.sum(1)
-    place = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True)[
-        :, : max(1, int(n.max()))
-    ]
-    found = {name: part.gather(1, place) for name, part in parts.items()}
-    return found, torch.arange(place.shape[1], device=n.device) < n[:, None]
-
-
 # ---------------------------------------------------------------- the network
 
 
@@ -81,6 +71,12 @@ class Part:
 
     inputs: dict
     present: dict
+
+
+def seen_of(part, name):
+    """The visible values of a modality and the mask of those that rows have."""
+    x = part.inputs[name]
+    return x, x["code_mask"] & ~x["value"].isnan() & part.present[name][:, None]
 
 
 class MaskedLabCore(Core):
@@ -98,7 +94,7 @@ class MaskedLabCore(Core):
         # As wide as the heads of the encoder.
         n_heads = math.gcd(max(1, p.n_heads * p.d_model // p.width), p.d_model)
         decoders = {
-            name: LabDecoder(m.n_codes, p.d_model, p.decoder_layers, n_heads, p.use_time)
+            name: LabDecoder(m.n_codes, p.d_model, p.decoder_layers, n_heads, p.use_time, m.repeats)
             for name, m in modalities.items()
         }
         heads = nn.ModuleDict(
@@ -134,9 +130,12 @@ class MaskedLabCore(Core):
             masks.append(F.pad(mask[:, 1:], (1, 0), value=True))
         return torch.cat(memory, 1), torch.cat(masks, 1)
 
-    def answer(self, name, code, time, memory, mask):
-        """Guess (b, q) and log of its likely error (b, q), in standard deviations."""
-        return self.heads["decoders"][name](code, time, memory, mask).unbind(-1)
+    def answer(self, name, code, time, memory, mask, seen):
+        """Guess (b, q) and log of its likely error (b, q), in standard deviations.
+
+        NOTE[DIFF] In a stream, a question is told the visible values of its own analyte.
+        """
+        return self.heads["decoders"][name](code, time, memory, mask, seen).unbind(-1)
 
     def losses(self, batch):
         """Error of the hidden values, of the likely error, and of the visible values."""
@@ -144,11 +143,15 @@ class MaskedLabCore(Core):
         for name in self.encoders:
             self._split(name, batch.inputs[name], shown, asked)
         memory, mask = self.remember(shown)
-        terms = [self._errors(name, *parts, memory, mask) for name, parts in asked.items()]
+        terms = [
+            self._errors(name, *parts, memory, mask, seen_of(shown, name))
+            for name, parts in asked.items()
+        ]
         weights = {"reconstruction": 1.0, "spread": SPREAD_WEIGHT, "visible": self.visible_weight}
         return {
-            name: weights[name] * torch.stack([term[name] for term in terms]).mean()
-            for name in terms[0]
+            name: weight * torch.stack([term[name] for term in terms if name in term]).mean()
+            for name, weight in weights.items()
+            if any(name in term for term in terms)
         }
 
     def monitor(self, terms):
@@ -187,15 +190,16 @@ class MaskedLabCore(Core):
             hidden = torch.where(useful[:, None], other, hidden)
         return hidden
 
-    def _errors(self, name, hidden, visible, memory, mask):
+    def _errors(self, name, hidden, visible, memory, mask, seen):
         """Errors of one modality: of hidden values, of their likely errors, of visible ones."""
         sets = {"reconstruction": hidden}
-        if self.training and self.visible_weight:
+        told = self.heads["decoders"][name].recall is not None  # of itself, if it is visible
+        if self.training and self.visible_weight and not told:
             sets["visible"] = visible
         parts = [part for part, _ in sets.values()]
         code, truth = (torch.cat([p[key] for p in parts], 1) for key in ("code", "standard"))
         time = torch.cat([p["time"] for p in parts], 1) if "time" in parts[0] else None
-        guess, spread = self.answer(name, code, time, memory, mask)
+        guess, spread = self.answer(name, code, time, memory, mask, seen)
         widths = [part["code"].shape[1] for part in parts]
         errors, start = {}, 0
         for (key, (_, known)), width in zip(sets.items(), widths, strict=True):
@@ -224,7 +228,8 @@ class Answers(nn.Module):
         found = []
         for name in self.core.encoders:
             x = batch.inputs[name]
-            guess = self.core.answer(name, x["ask_code"], x.get("ask_time"), memory, mask)
+            seen = seen_of(batch, name)
+            guess = self.core.answer(name, x["ask_code"], x.get("ask_time"), memory, mask, seen)
             found.append(torch.stack(guess, -1))
         return torch.cat(found, 1)
 
@@ -257,7 +262,7 @@ class MaskedLabPretrainer(TorchEncoder):
         those which another row, drawn at random, does not have (where that hides nothing or all,
         uniform).
     visible_weight : float, default=0.1
-        Weight of the error on the visible values.
+        Weight of the error on the visible values; `Labs` only.
     empty_share : float, default=0.02
         Share of the rows that training shows as if nothing had been measured, so that such rows get
         a learned vector and guesses of their own.
@@ -300,6 +305,8 @@ class MaskedLabPretrainer(TorchEncoder):
       deviations, unbounded; ReMasker squashes both into the range of the training rows;
     * validation rows and `score` hide a quarter at random whatever `masking` says, so that
       candidates of a grid search are compared on the same task;
+    * in a stream, a question is told the visible values of its own analyte, near in time and
+      overall, and visible values are not asked for;
     * MEDFuse names no sizes, no scaling and no embedding; those here are ours.
 
     References

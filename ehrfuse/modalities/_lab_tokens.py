@@ -104,6 +104,8 @@ class Tokens(Modality):
     values_ : QuantileScale
     """
 
+    repeats = False  # whether a row may hold several values of one analyte
+
     def __init__(self, declared, width, n_layers, n_heads, dropout=0.0, use_time=False):
         self.declared = declared
         self.width = width
@@ -191,6 +193,8 @@ class TableTokens(Tokens):
 
 class StreamTokens(Tokens):
     """`Events`: every record with a value is a token, the latest `max_events` of a row."""
+
+    repeats = True
 
     def _records(self, cells):
         records = read_records(self._only(cells), ("time", "code"))

@@ -32,18 +32,18 @@ MIN_KNOWN = 20  # values of a column, or it is left out
 ORDER = 5  # labs of an hour from which on it counts as one with a draw
 
 
-def physionet2012(folder):
-    """Last value of every variable in the first 48 hours, one row a stay."""
-    long = _long(folder)
+def physionet2012(folder, sets="abc"):
+    """Last value of every variable in the first 48 hours, one row a stay of the first set found."""
+    long = _long(folder, sets)
     if long is None:
         return None
     table = long.groupby(["RecordID", "variable"])["value"].last().unstack()
     return _bunch(table, PANELS)
 
 
-def physionet2012_events(folder, n_rows=None):
+def physionet2012_events(folder, n_rows=None, sets="abc"):
     """All values of the first 48 hours as one stream, hours before the end."""
-    long = _long(folder)
+    long = _long(folder, sets)
     if long is None:
         return None
     stays = np.sort(long["RecordID"].unique())
@@ -63,9 +63,10 @@ def stream(long, stays, variables, value):
     return pd.DataFrame({"course": cells})
 
 
-def _long(folder):
+def _long(folder, sets):
     places = (Path(folder) / "physionet-2012", Path(folder))
-    found = [p / "set-a.parquet" for p in places if (p / "set-a.parquet").exists()]
+    files = [p / f"set-{one}.parquet" for one in sets for p in places]
+    found = [path for path in files if path.exists()]
     if not found:
         return None
     long = pd.read_parquet(found[0])
@@ -74,7 +75,7 @@ def _long(folder):
     return long.sort_values(["RecordID", "minutes"], kind="stable").reset_index(drop=True)
 
 
-def eicu(folder):
+def eicu(folder, sets=None):
     """Hours of the eICU demo with at least five labs, one row an hour; stays are the groups."""
     place = _eicu.find(folder)
     if place is None:
@@ -85,7 +86,7 @@ def eicu(folder):
     return _bunch(hours, _eicu.PANELS, hours["patientunitstayid"].to_numpy())
 
 
-def support2(folder):
+def support2(folder, sets=None):
     """Day-3 physiology and admission facts of SUPPORT2, one row a patient."""
     places = (Path(folder) / "support2", Path(folder))
     found = [p / "support2.csv.gz" for p in places if (p / "support2.csv.gz").exists()]

@@ -40,6 +40,7 @@ KINDS = {"random cells": _labs.hide_cells, "whole panels": _labs.hide_panels}
 TEST_SHARE = 0.35
 TRAIN_ROWS = 2000  # of a table; half as many rows are filled
 STREAMS = 400  # stays of the events section
+OTHERS = "bca"  # of PhysioNet's three sets, in a folder of test data
 PRETRAINED = {}  # one fit a fold, whatever the share of the labels
 
 
@@ -48,6 +49,7 @@ def main():
     options = parser(__doc__.splitlines()[0], SECTIONS)
     options.add_argument("--splits", type=int, default=5, help="splits of the imputation sections")
     options.add_argument("--rows", type=int, default=TRAIN_ROWS, help="training rows of a table")
+    options.add_argument("--folds", type=int, default=3, help="of three, run (downstream)")
     args = parse(options)
     warnings.filterwarnings("ignore", category=ConvergenceWarning)
     run = {"tables": tables, "events": events, "downstream": downstream}
@@ -63,7 +65,7 @@ def tables(args):
     for name, load in TABLES.items():
         data, there = load(args.data), None
         if args.test_data is not None:
-            there = load(args.test_data)
+            there = load(args.test_data, OTHERS)
             name = f"{name} to test"
         if data is None or (args.test_data is not None and there is None):
             continue
@@ -168,7 +170,7 @@ def events(args):
     data = _labs.physionet2012_events(args.data, 200 if args.quick else STREAMS)
     there = None
     if args.test_data is not None:
-        there = _labs.physionet2012_events(args.test_data, STREAMS)
+        there = _labs.physionet2012_events(args.test_data, STREAMS, OTHERS)
     if data is None or (args.test_data is not None and there is None):
         return []
     name = "physionet-2012/set-a, events" + (" to test" if there else "")
@@ -188,7 +190,7 @@ def events(args):
 def _stream_errors(args, name, data, train, test, seed):
     store = Store(args.results / "accuracy_masked_labs")
     model = MaskedLabPretrainer(
-        {"labs": Events("course", max_events=256)}, use_time=True, random_state=seed
+        {"labs": Events("course", max_events=256)}, use_time=True, batch_size=16, random_state=seed
     )
     test = test.reset_index(drop=True)
     content = hashlib.blake2b(pd.util.hash_pandas_object(train).to_numpy()).hexdigest()
@@ -323,7 +325,7 @@ def downstream(args):
     rows = []
     fractions = (0.05, 1.0) if args.quick else (0.01, 0.05, 0.1, 0.25, 1.0)
     name = "physionet-2012/set-a" + (", every 4th stay" if args.quick else "")
-    name += "" if args.test_data is None else " to set-b"
+    name += "" if args.test_data is None else " to test"
     cohorts = []
     for fraction in fractions:
         store = Store(args.results / "accuracy_masked_labs" / f"labels{fraction:g}")
@@ -341,12 +343,13 @@ def downstream(args):
 
 def _death(args):
     """Last value and mean of every variable, deaths, and splits."""
-    if not _has(args.data, "a") or not (args.test_data is None or _has(args.test_data, "b")):
+    there = None if args.test_data is None else _subset(args.test_data, OTHERS)
+    if _subset(args.data) != "a" or (args.test_data is not None and there is None):
         return None, None, None
     here = fetch_physionet2012(args.data)
     parts = [here]
     if args.test_data is not None:
-        parts.append(fetch_physionet2012(args.test_data, "b"))
+        parts.append(fetch_physionet2012(args.test_data, there))
     X = pd.concat([part.X for part in parts])[list(PANELS)]
     y = pd.concat([part.y for part in parts])
     summary = EventSummary(statistics=("last", "mean"), remainder="drop").fit(X.iloc[: len(here.X)])
@@ -358,14 +361,17 @@ def _death(args):
     folds = 2 if args.quick else 3
 
     def splits(seed):
-        return list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(X, y))
+        cut = StratifiedKFold(folds, shuffle=True, random_state=seed).split(X, y)
+        return list(cut)[: args.folds]
 
     return X, y, splits
 
 
-def _has(folder, subset):
+def _subset(folder, order="abc"):
+    """The first of the three sets that a folder has the outcomes of, or None."""
     places = (folder, folder / "physionet-2012")
-    return any((place / f"Outcomes-{subset}.txt").exists() for place in places)
+    found = [s for s in order if any((p / f"Outcomes-{s}.txt").exists() for p in places)]
+    return found[0] if found else None
 
 
 def _maker(kind, columns, fraction):

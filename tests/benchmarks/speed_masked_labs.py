@@ -17,8 +17,9 @@ from torch import nn
 
 from ehrfuse import Labs, MaskedLabPretrainer
 from ehrfuse._train import train
+from ehrfuse.nn.lab_transformer import LabTransformer
 
-SECTIONS = ("pretraining", "impute")
+SECTIONS = ("pretraining", "impute", "streams")
 ROWS, COLUMNS, MISSING, MASK = 10_000, 100, 0.6, 0.75
 BATCH = 256
 CPU = torch.device("cpu")
@@ -28,7 +29,7 @@ OURS = "MaskedLabPretrainer"
 def main():
     """Run the sections asked for and print one table."""
     args = parse(parser(__doc__.splitlines()[0], SECTIONS))
-    run = {"pretraining": pretraining, "impute": impute}
+    run = {"pretraining": pretraining, "impute": impute, "streams": streams}
     finish(args, [r for section in args.only for r in run[section](args)])
 
 
@@ -166,6 +167,37 @@ def impute(args):
         _line(task, OURS, "speedup", (n / batched) / (alone / single), n, args),
         _line(task, OURS, "largest_difference", worst, alone, args),
     ]
+
+
+# ---------------------------------------------------------------- streams of unequal length
+
+
+def streams(args):
+    """Forward and backward of the lab transformer on rows of unequal length, cut or padded."""
+    n, turns = 64, 2 if args.quick else 5
+    rng = np.random.default_rng(args.seeds[0])
+    torch.manual_seed(args.seeds[0])
+    length = np.minimum(rng.lognormal(3.0, 1.3, n), 512).astype(int)  # median 20, as in MIMIC-IV
+    mask = torch.arange(length.max()) < torch.from_numpy(length)[:, None]
+    x = {
+        "code": torch.randint(0, COLUMNS, mask.shape), "value": torch.randn(mask.shape),
+        "code_mask": mask,
+    }  # fmt: skip
+    encoder = LabTransformer(COLUMNS, 32, 64, 3, 4)
+
+    def step(read):
+        tokens, _ = read(x)
+        tokens[nn.functional.pad(mask, (1, 0), value=True)].sum().backward()
+
+    seconds = {}
+    ways = {OURS: encoder, f"{OURS}, padded to the longest": encoder._read}
+    for _ in range(turns):
+        for name, read in ways.items():
+            seconds[name] = min(seconds.get(name, np.inf), _seconds(lambda r=read: step(r)))
+    ours, padded = seconds.values()
+    task = "streams of unequal length"
+    rows = [_line(task, name, "rows_per_second", n / s, n, args) for name, s in seconds.items()]
+    return [*rows, _line(task, OURS, "speedup", padded / ours, n, args)]
 
 
 if __name__ == "__main__":

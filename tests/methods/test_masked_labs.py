@@ -287,6 +287,30 @@ def test_streams_need_no_pivot():
             assert np.isfinite(same[0]["value"])
 
 
+@pytest.mark.parametrize("use_time", [False, True])
+def test_streams_recall_what_the_same_analyte_was(use_time):
+    """A patient's level is seen in the visible values of the analyte, and only there."""
+    rng = np.random.default_rng(0)
+    level = rng.normal(size=(80, 3))
+    cells = [
+        [
+            {"time": -float(t), "code": f"lab{c}", "value": patient[c] + 0.1 * rng.normal()}
+            for t in range(8)
+            for c in range(3)
+        ]
+        for patient in level
+    ]
+    holes = [[r | ({"value": None} if r["time"] == -3 else {}) for r in cell] for cell in cells]
+    X, hidden = pd.DataFrame({"stream": cells}), pd.DataFrame({"stream": holes})
+    sizes = {**SMALL, "max_epochs": 10, "batch_size": 16}
+    model = MaskedLabPretrainer({"labs": Events("stream")}, use_time=use_time, **sizes).fit(X)
+    filled = model.impute(hidden)["stream"].tolist()
+    guess = [[r["value"] for r in sorted(c, key=lambda r: r["code"]) if r["time"] == -3]
+             for c in filled]  # fmt: skip
+    assert np.sqrt(((np.array(guess) - level) ** 2).mean()) < 0.4 * level.std()
+    assert "train_visible" not in model.history_[0]
+
+
 def test_time_matters_only_where_it_is_asked_for():
     X = streams()
     later = X.copy()

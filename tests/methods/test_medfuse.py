@@ -8,13 +8,15 @@ import pytest
 import torch
 from scipy import stats
 from sklearn.base import clone
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
 from tiny_models import write_bert, write_llama
 from torch.distributions import Normal
 
-from ehrfuse import Embedding, Labs, LabTextifier, MEDFuseClassifier, NoteSectionizer, Text
+from ehrfuse import Embedding, Events, Labs, LabTextifier, MEDFuseClassifier, NoteSectionizer, Text
 from ehrfuse.datasets import make_ehr
-from ehrfuse.methods import medfuse
+from ehrfuse.methods import _linear_path, medfuse
 from ehrfuse.nn.disentangled import Disentangled, MutualInformation, collapse
 from ehrfuse.nn.losses import gaussian_nll, vclub
 
@@ -42,6 +44,106 @@ def declared():
 def fitted():
     X, y = made()
     return MEDFuseClassifier(declared(), max_epochs=3, **SMALL).fit(X, y)
+
+
+# ---------------------------------------------------------------- the linear path
+
+
+def test_linear_path_is_logistic_regression_on_tfidf_and_values():
+    X, y = made(200)
+    model = MEDFuseClassifier(declared(), max_epochs=1, **SMALL).fit(X, y)
+    words = TfidfVectorizer(ngram_range=(1, 2), min_df=5, sublinear_tf=True)
+    tfidf = words.fit_transform(X["note"]).toarray()
+    labs = X[list("abcd")]
+    score = np.column_stack([stats.norm.ppf((labs[c].rank() - 0.5) / len(X)) for c in labs])
+    score = np.hstack([score, np.ones_like(score)])
+    score *= _linear_path.LENGTH / np.sqrt((score**2).sum(1).mean())
+    path, data = model.module_.linear, model._data(X)
+    batch = data.batch(np.arange(200))
+    found = path(batch.inputs, batch.present).numpy()
+    for j, label in enumerate(y):
+        line = LogisticRegression(C=_linear_path.STRENGTH, max_iter=500)
+        exact = line.fit(np.hstack([tfidf, score]), y[label]).decision_function(
+            np.hstack([tfidf, score])
+        )
+        assert np.corrcoef(exact, found[:, j])[0, 1] > 0.999
+        assert np.median(np.abs(found[:, j] - exact)) < 0.05  # scores differ at the very ends
+
+
+def test_linear_path_predicts_as_scikit_learn_would_with_several_classes():
+    X, _ = made(150)
+    y = np.array(["a", "b", "c"])[np.digitize(X["a"], [-0.5, 0.5])]
+    model = MEDFuseClassifier({"labs": Labs(list("abcd"))}, max_epochs=1, **SMALL).fit(X, y)
+    assert model.score(X, y) > 0.8
+    assert np.allclose(model.predict_proba(X).sum(1), 1)
+
+
+def test_network_starts_at_the_linear_path_and_can_do_without():
+    X, y = made(100)
+    model = MEDFuseClassifier(declared(), max_epochs=1, lr=1e-12, **SMALL).fit(X, y)
+    batch = model._data(X).batch(np.arange(100))
+    line = torch.sigmoid(model.module_.linear(batch.inputs, batch.present))
+    np.testing.assert_allclose(model.predict_proba(X), line.numpy(), atol=1e-4)
+    without = MEDFuseClassifier(declared(), linear=False, max_epochs=1, **SMALL).fit(X, y)
+    assert without.module_.linear is None
+
+
+def test_log_odds_of_a_training_row_never_saw_its_labels():
+    X, y = made(120)
+    seen = []
+    for flip in (False, True):
+        labels = y.copy()
+        if flip:
+            labels.iloc[:2] = 1 - labels.iloc[:2]  # the two rows of one patient
+        model = MEDFuseClassifier(declared(), groups="subject", max_epochs=1, **SMALL)
+        model.fit(X, labels)
+        data = model._data(X, model.target_.encode(labels), np.ones(len(X), "float32"))
+        seen.append(_linear_path.solve(model.module_.linear, data, model.target_, 0))
+    np.testing.assert_array_equal(seen[0][:2], seen[1][:2])
+    assert np.abs(seen[0][2:] - seen[1][2:]).max() > 0.01
+
+
+def test_a_task_of_one_class_and_unknown_labels_have_a_line():
+    X, y = made(80)
+    y = y.assign(never=0.0)
+    y.loc[::3, "text"] = np.nan
+    with pytest.warns(UserWarning, match="'never' has one class only"):
+        model = MEDFuseClassifier(declared(), max_epochs=1, **SMALL).fit(X, y)
+    assert not model.module_.linear.weight[:, 3].any()
+    assert np.isfinite(model.predict_proba(X)).all()
+
+
+@pytest.mark.parametrize("share", [0.5, 0.99])
+def test_values_left_out_are_random_and_one_stays(share):
+    X, y = made(40)
+    model = MEDFuseClassifier(declared(), value_dropout=share, max_epochs=1, **SMALL).fit(X, y)
+    x = model._data(X).batch(np.arange(40)).inputs["labs"]
+    thin = model.module_._thin(x)
+    n = thin["code_mask"].sum(1)
+    assert (n >= 1).all()
+    assert n.float().mean() < (3 if share == 0.5 else 4.01)
+    for row in range(40):
+        kept = thin["code"][row][thin["code_mask"][row]].long()
+        torch.testing.assert_close(
+            thin["value"][row][thin["code_mask"][row]], x["value"][row][kept]
+        )
+    assert model.module_._thin({"ids": x["code"]}) == {"ids": x["code"]}
+
+
+def test_streams_of_unequal_length_do_not_depend_on_their_batch():
+    rng = np.random.default_rng(0)
+
+    def stream(n):
+        return [{"time": -float(t), "code": "abcde"[t % 5], "value": rng.normal()}
+                for t in range(n)]  # fmt: skip
+
+    lengths = np.r_[rng.integers(0, 8, 40), 60, 90]
+    X = pd.DataFrame({"one": [stream(n) for n in lengths], "two": [stream(5) for _ in lengths]})
+    modalities = {name: Events(name) for name in X}
+    model = MEDFuseClassifier(modalities, max_epochs=1, **SMALL).fit(X, np.arange(42) % 2)
+    rows = np.array([3, 40, 41])
+    alone = np.vstack([model.predict_proba(X.iloc[[i]]) for i in rows])
+    np.testing.assert_allclose(alone, model.predict_proba(X)[rows], atol=1e-6)
 
 
 # ---------------------------------------------------------------- the bound
@@ -129,7 +231,7 @@ def test_weight_zero_is_the_term_removed():
     parts = model.module_.eval()._parts(batch)
     terms = model.module_.losses(batch)
     assert set(terms) == {"outcome", "collapse"}
-    loss = model.target_.loss(model.module_._predict(parts), batch.y, batch.weight)
+    loss = model.target_.loss(model.module_._predict(batch, parts), batch.y, batch.weight)
     torch.testing.assert_close(terms["outcome"], loss)
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from ehrfuse.nn import lab_transformer
 from ehrfuse.nn.attention import CrossBlock
-from ehrfuse.nn.lab_transformer import LabDecoder, LabTransformer
+from ehrfuse.nn.lab_transformer import LabDecoder, LabTransformer, Recall, similar
 
 
 def some(b=3, t=5, d=8):
@@ -51,3 +52,47 @@ def test_an_empty_row_has_its_summary_token():
     assert tokens.isfinite().all()
     decoder = LabDecoder(6, 8, 1, 2).eval()
     assert decoder(torch.tensor([[3, 4]] * 2), None, tokens, mask).shape == (2, 2, 2)
+
+
+def test_short_rows_are_read_apart_from_long_ones_with_equal_results():
+    torch.manual_seed(0)
+    encoder = LabTransformer(9, 8, 16, 2, 2).double()
+    n = torch.cat([torch.arange(12), torch.tensor([70, 90])])
+    mask = torch.arange(90) < n[:, None]
+    x = {"code": torch.randint(0, 9, mask.shape), "value": torch.randn(mask.shape).double()}
+    x["code_mask"] = mask
+    parts = similar(mask)
+    assert sorted(torch.cat(parts).tolist()) == list(range(14))
+    assert len(parts) > 1
+    assert len(similar(mask[-2:])) == 1
+    found, there = encoder(x)
+    whole, all_there = encoder._read(x)
+    assert torch.equal(there, all_there)
+    torch.testing.assert_close(found[there], whole[there])
+
+
+def test_recall_tells_the_mean_of_the_same_analyte_near_in_time_and_overall():
+    recall = Recall()
+    seen = {
+        "code": torch.tensor([[1, 1, 2, 1]]),
+        "standard": torch.tensor([[1.0, 3.0, 50.0, 99.0]]),
+        "time": torch.tensor([[0.0, 1.0, 0.0, 0.0]]),
+    }
+    mask = torch.tensor([[True, True, True, False]])
+    means, weights = recall(torch.tensor([[1, 0]]), torch.tensor([[0.0, 0.0]]), seen, mask)
+    torch.testing.assert_close(means[0, 0, -1], torch.tensor(2.0))  # over the whole row
+    torch.testing.assert_close(means[0, 0, 0], torch.tensor(1.0))  # the near one
+    assert (means[0, 1] == 0).all()  # nothing of this analyte is visible
+    assert (weights[0, 1] < weights[0, 0]).all()
+    alone, _ = recall(torch.tensor([[1]]), None, seen, mask)
+    torch.testing.assert_close(alone[0, 0], torch.full((len(recall.rate),), 2.0))
+
+
+def test_recall_in_parts_is_the_same(monkeypatch):
+    recall = Recall()
+    seen = {"code": torch.randint(0, 4, (3, 20)), "standard": torch.randn(3, 20)}
+    seen["time"] = torch.rand(3, 20)
+    asked = torch.randint(0, 4, (3, 11)), torch.rand(3, 11)
+    whole = recall(*asked, seen, torch.ones(3, 20, dtype=bool))
+    monkeypatch.setattr(lab_transformer, "CELLS", 130)
+    torch.testing.assert_close(recall(*asked, seen, torch.ones(3, 20, dtype=bool)), whole)

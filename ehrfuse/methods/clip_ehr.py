@@ -104,7 +104,7 @@ class ClipCore(TableCore):
             terms["contrastive"] = row.sum() * 0.0
         if reconstruction:
             guess = self.heads["reconstruction"]
-            found = [guess[name](e, x, keep)[0] for name, e, x, keep in self.tables(batch)]
+            found = [guess[name](e, x, keep, False)[0] for name, e, x, keep in self.tables(batch)]
             terms["reconstruction"] = reconstruction * torch.stack(found).mean()
         return terms
 

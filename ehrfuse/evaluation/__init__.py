@@ -12,6 +12,7 @@ from ehrfuse.evaluation.metrics import (
     score_by_pattern,
 )
 from ehrfuse.evaluation.missingness import outcome_by_pattern, presence_informativeness
+from ehrfuse.evaluation.sources import map_columns
 from ehrfuse.evaluation.timelines import EmbeddingDisplay, TimelineDisplay
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "TimelineDisplay",
     "bootstrap_scores",
     "explain_in_words",
+    "map_columns",
     "masked_scorer",
     "out_of_fold",
     "outcome_by_pattern",

@@ -20,6 +20,7 @@ from ehrfuse.evaluation.metrics import METRICS, bootstrap_scores, paired_differe
 from ehrfuse.evaluation.missingness import outcome_by_pattern, presence_informativeness
 from ehrfuse.evaluation.scorers import contribution_scorer, masked_scorer, worst_group_scorer
 from ehrfuse.evaluation.slices import score_by_pattern, score_by_subgroup
+from ehrfuse.evaluation.sources import map_columns
 from ehrfuse.evaluation.timelines import EmbeddingDisplay, TimelineDisplay
 from ehrfuse.evaluation.training import (
     ComparisonDisplay,
@@ -51,6 +52,7 @@ __all__ = [
     "decision_curve",
     "expected_calibration_error",
     "explain_in_words",
+    "map_columns",
     "masked_scorer",
     "modality_contribution",
     "net_benefit",

@@ -37,19 +37,24 @@ class TableCore(Core):
     """Core whose tables are read by TabNet."""
 
     def tables(self, batch):
-        """Name, encoder, blanked inputs and presence of every table."""
+        """Name, encoder, blanked inputs and presence of every table; presence None is all."""
         for name, encoder in self.encoders.items():
             if hasattr(encoder, "tabnet"):
-                keep = batch.present[name]
-                x = {key: blank(tensor, keep) for key, tensor in batch.inputs[name].items()}
-                yield name, encoder, x, keep
+                keep, x = batch.present[name], batch.inputs[name]
+                # Not asked on a GPU, which would have to be waited for.
+                if keep.device.type == "cpu" and bool(keep.all()):
+                    yield name, encoder, x, None
+                else:
+                    x = {key: blank(tensor, keep) for key, tensor in x.items()}
+                    yield name, encoder, x, keep
 
-    def read(self, batch):
+    def read(self, batch, with_entropy=False):
         """One vector per row, tables side by side (b, m * d), and the mean of sum m log m."""
         rows, entropies = [], []
         for _, encoder, x, keep in self.tables(batch):
-            outputs, entropy = encoder.outputs(x)
-            rows.append(blank(torch.stack(outputs).sum(0), keep))
+            outputs, entropy = encoder.outputs(x, with_entropy)
+            row = torch.stack(outputs).sum(0)
+            rows.append(row if keep is None else blank(row, keep))
             entropies.append(entropy)
         return torch.cat(rows, 1), torch.stack(entropies).mean()
 
@@ -77,7 +82,8 @@ class Explainer(nn.Module):
         for _, encoder, x, keep in self.core.tables(batch):
             total, masks = encoder.tabnet.masks(encoder.features(x))
             both = torch.cat([total[None], masks])[..., : encoder.n_columns]
-            parts.append(blank(both.transpose(0, 1), keep))
+            both = both.transpose(0, 1)
+            parts.append(both if keep is None else blank(both, keep))
         return torch.cat(parts, 2).flatten(1)
 
 

@@ -8,6 +8,7 @@ predictions for which there is none.
 Axes: b - batch, m - tables, d - n_d, w - width of a note's vector, j - joint space.
 """
 
+import re
 import warnings
 from dataclasses import replace
 from numbers import Integral, Real
@@ -104,7 +105,7 @@ class ClipCore(TableCore):
             terms["contrastive"] = row.sum() * 0.0
         if reconstruction:
             guess = self.heads["reconstruction"]
-            found = [guess[name](e, x, keep)[0] for name, e, x, keep in self.tables(batch)]
+            found = [guess[name](e, x, keep, False)[0] for name, e, x, keep in self.tables(batch)]
             terms["reconstruction"] = reconstruction * torch.stack(found).mean()
         return terms
 
@@ -524,8 +525,8 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
             return 0.0
         return float(self.retrieval_scores(X, k=(10,))["recall_at_10"].fillna(0.0).mean())
 
-    def retrieve(self, X, memory, k=3):
-        """Find the nearest notes of other rows for every record, as a draft of its own.
+    def retrieve(self, X, memory, k=3, sections=None):
+        r"""Find the nearest notes of other rows, or sections of them, as a draft of its own.
 
         Parameters
         ----------
@@ -533,29 +534,45 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
         memory : DataFrame of shape (n_notes, n_columns)
             Rows with notes, those of the training patients. Notes are never kept in the estimator.
         k : int, default=3
+        sections : str or None, default=None
+            Regular expression that notes are cut at, e.g. ``r"\n(?=[A-Z ]+:)"`` before every
+            heading; None takes notes whole.
 
         Returns
         -------
         found : DataFrame
             Columns ``row`` (place in X), ``rank`` (from 1), ``similarity``, ``memory_row`` (place
-            in `memory`) and ``note``.
+            in `memory`), ``section`` (its number in the note) and ``note``, its text.
         """
         check_scalar(k, "k", Integral, min_val=1)
-        column = self._note_columns()[0]
-        written = np.flatnonzero(memory[column].notna().to_numpy())
-        place = self.transform_text(memory.iloc[written])
-        k = min(k, len(written))
-        cosine = self.transform(X) @ place.T
+        memory_row, section, texts = _sections(memory[self._note_columns()[0]], sections)
+        if not len(texts):
+            raise ValueError("memory holds no note; give rows with notes.")
+        k = min(k, len(texts))
+        cosine = self.transform(X) @ self.transform_text(texts).T
         best = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
-        rows = np.repeat(np.arange(len(best)), k)
-        found = written[best.ravel()]
+        found = best.ravel()
         return pd.DataFrame({
-            "row": rows,
+            "row": np.repeat(np.arange(len(best)), k),
             "rank": np.tile(np.arange(1, k + 1), len(best)),
             "similarity": np.take_along_axis(cosine, best, 1).ravel(),
-            "memory_row": found,
-            "note": memory[column].to_numpy(dtype=object)[found],
+            "memory_row": memory_row[found],
+            "section": section[found],
+            "note": np.array(texts, dtype=object)[found],
         })  # fmt: skip
+
+
+def _sections(notes, pattern):
+    """Texts of a column of notes, cut at a pattern, with their row and their number within it."""
+    rows, numbers, texts = [], [], []
+    for row, note in enumerate(notes.to_numpy(dtype=object)):
+        if isinstance(note, str):
+            parts = [note] if pattern is None else re.split(pattern, note)
+            parts = [part for part in parts if part.strip()]
+            rows += [row] * len(parts)
+            numbers += range(len(parts))
+            texts += parts
+    return np.array(rows, dtype=int), np.array(numbers, dtype=int), texts
 
 
 def _ranks(a, b):

@@ -39,7 +39,7 @@ class TabNetCore(TableCore):
 
     def losses(self, batch):
         """The outcome, and the entropy of the masks."""
-        row, entropy = self.read(batch)
+        row, entropy = self.read(batch, with_entropy=self.sparsity_weight > 0)
         terms = {"outcome": self.target.loss(self.heads(row), batch.y, batch.weight)}
         if self.sparsity_weight:
             terms["sparsity"] = -self.sparsity_weight * entropy
@@ -65,7 +65,8 @@ class TabNetPretrainerCore(TableCore):
 
     def losses(self, batch):
         """Reconstruction, mean over tables, and the entropy of the masks."""
-        found = [self.heads[name](e, x, keep) for name, e, x, keep in self.tables(batch)]
+        asked = self.sparsity_weight > 0
+        found = [self.heads[name](e, x, keep, asked) for name, e, x, keep in self.tables(batch)]
         loss, entropy = (torch.stack(part).mean() for part in zip(*found, strict=True))
         terms = {"reconstruction": loss}
         if self.sparsity_weight:

@@ -61,7 +61,8 @@ def focal_bce(logits: Tensor, y: Tensor, gamma: float = 2.0) -> Tensor:
     return term * (1 - torch.exp(-term)) ** gamma
 
 
-SAFE_SCALE = 40.0  # exp(-2 * scale) is still a float32 number
+SAFE_SCALE = 40.0  # exp(scale), and a sum of thousands of it, is still a float32 number
+KEPT_BYTES = 3 * 2**24  # of logits that the loss of pairs keeps between its two passes
 
 
 def clip_loss(
@@ -70,9 +71,9 @@ def clip_loss(
     scale: Tensor,
     groups: Tensor | None = None,
     same_group: str = "positive",
-    chunk: int = 256,
+    chunk: int = 192,
 ) -> Tensor:
-    """Symmetric cross-entropy of pairs, exact, with at most `chunk` rows of logits alive.
+    """Symmetric cross-entropy of pairs, exact; at most 48 MB of logits are kept for the gradient.
 
     Parameters
     ----------
@@ -99,7 +100,7 @@ def clip_loss(
 
 
 class _ClipLoss(torch.autograd.Function):
-    """Logits are computed twice and never kept: memory is chunk x n in place of n x n."""
+    """Logits in pieces of `chunk` rows; those that `KEPT_BYTES` cannot hold are computed twice."""
 
     @staticmethod
     def forward(
@@ -112,24 +113,29 @@ class _ClipLoss(torch.autograd.Function):
         chunk: int,
     ) -> Tensor:
         n, top = len(a), scale.detach()
-        ctx.once = bool(top <= SAFE_SCALE)  # unit vectors: no logit exceeds the scale
+        # Unit vectors: no logit exceeds the scale.
+        ctx.once = bool(top <= SAFE_SCALE) and a.dtype != torch.float16
         row, col = a.new_empty(n), a.new_full((n,), 0.0 if ctx.once else -torch.inf)
-        right = a.new_empty(n)
+        right, ctx.kept = a.new_empty(n), {}
+        n_kept = KEPT_BYTES // (n * a.element_size()) if any(ctx.needs_input_grad) else 0
         for start in range(0, n, chunk):
             part = slice(start, start + chunk)
-            logits, mine = _logits(a, b, top, groups, same_group, part)
+            logits = _logits(a, b, top, groups, same_group, part)
+            mine = _target(a, groups, same_group, part)
             right[part] = (a[part] * b[part]).sum(1) * top if mine is None else (
                 (logits.masked_fill(mine == 0, 0.0) * mine).sum(1)
             )  # fmt: skip
             if ctx.once:  # one exponential serves rows and columns
-                logits.sub_(top).exp_()
+                logits.exp_()
                 row[part] = logits.sum(1)
                 col += logits.sum(0)
             else:
                 row[part] = logits.logsumexp(1)
                 col = torch.logaddexp(col, logits.logsumexp(0))
+            if start + chunk <= n_kept:
+                ctx.kept[start] = logits
         if ctx.once:
-            row, col = row.log_().add_(top), col.log_().add_(top)
+            row, col = row.log_(), col.log_()
         ctx.save_for_backward(a, b, top, row, col, groups)
         ctx.same_group, ctx.chunk = same_group, chunk
         return (row + col - 2 * right).mean() / 2
@@ -143,37 +149,50 @@ class _ClipLoss(torch.autograd.Function):
         weight = grads[0] / (2 * n)
         for start in range(0, n, ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            logits, mine = _logits(a, b, top, groups, ctx.same_group, part)
+            logits = ctx.kept.pop(start, None)  # a second pass through the graph computes it anew
+            if logits is None:
+                logits = _logits(a, b, top, groups, ctx.same_group, part)
+                if ctx.once:
+                    logits.exp_()
+            mine = _target(a, groups, ctx.same_group, part)
             if ctx.once:
-                p = logits.sub_(top).exp_()
-                p *= torch.exp(top - row[part])[:, None] + torch.exp(top - col)
+                p = logits.mul_(torch.exp(-row[part])[:, None] + torch.exp(-col))
             else:
                 p = (logits - row[part, None]).exp_() + (logits - col).exp_()
             if mine is None:
                 p.diagonal(start).sub_(2.0)
             else:
                 p.sub_(mine, alpha=2.0)
-            p *= weight
             turned = p @ b
             grad_scale += (turned * a[part]).sum()
-            grad_a[part] = turned * top
-            grad_b.addmm_(p.t(), a[part] * top)
-        return grad_a, grad_b, grad_scale, None, None, None
+            grad_a[part] = turned
+            grad_b.addmm_(p.t(), a[part])
+        return (
+            grad_a.mul_(weight * top),
+            grad_b.mul_(weight * top),
+            grad_scale * weight,
+            *[None] * 3,
+        )
 
 
 def _logits(
     a: Tensor, b: Tensor, scale: Tensor, groups: Tensor | None, same_group: str, part: slice
-) -> tuple[Tensor, Tensor | None]:
-    """Some rows of the logits and of the target; None stands for the unit matrix."""
+) -> Tensor:
+    """Some rows of the logits; -inf where a patient's other rows are left out."""
     logits = (a[part] * scale) @ b.t()
-    if groups is None:
-        return logits, None
+    if groups is None or same_group == "positive":
+        return logits
+    left_out = groups[part, None] == groups
+    left_out.diagonal(part.start).fill_(False)
+    return logits.masked_fill_(left_out, -torch.inf)
+
+
+def _target(a: Tensor, groups: Tensor | None, same_group: str, part: slice) -> Tensor | None:
+    """Some rows of the right answers' weights; None stands for the unit matrix."""
+    if groups is None or same_group == "ignore":
+        return None
     same = groups[part, None] == groups
-    if same_group == "positive":
-        return logits, same.to(a.dtype) / same.sum(1, keepdim=True)
-    own = torch.zeros_like(same)
-    own.diagonal(part.start).fill_(True)
-    return logits.masked_fill_(same & ~own, -torch.inf), own.to(a.dtype)
+    return same.to(a.dtype) / same.sum(1, keepdim=True)
 
 
 def siglip_loss(

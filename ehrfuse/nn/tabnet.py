@@ -80,7 +80,7 @@ def _project(z: Tensor, kind: str) -> Tensor:
 
 
 def _slope(mask: Tensor, kind: str) -> Tensor:
-    return mask.sqrt() if kind == "entmax" else (mask > 0).to(mask.dtype)
+    return mask.sqrt() if kind == "entmax" else mask.sign()
 
 
 def _pull_back(grad: Tensor, slope: Tensor) -> Tensor:
@@ -127,7 +127,8 @@ def _entmax_threshold(top: Tensor) -> tuple[Tensor, Tensor]:
 class _Attend(torch.autograd.Function):
     """One attention step: scores, prior and input to masked input, next prior and entropy.
 
-    As one node, so that what is as wide as the input is neither kept twice nor read again.
+    As one node, so that what is as wide as the input is neither kept twice nor read again. The
+    entropy is zero, and costs nothing, where it is not asked for.
     """
 
     @staticmethod
@@ -138,32 +139,40 @@ class _Attend(torch.autograd.Function):
         x: Tensor,
         groups: "Groups | None",
         sizes: Sizes,
+        with_entropy: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         mask = _project(score if prior is None else score * prior, sizes.mask_type)
         left = torch.sub(sizes.gamma, mask)
-        wide = mask if groups is None else groups.widen(mask)
-        log = torch.log(mask + sizes.epsilon)
-        entropy = torch.dot(mask.flatten(), log.flatten()) / mask.shape[1]
-        ctx.save_for_backward(score, prior, x, mask, left)
-        ctx.groups, ctx.sizes, ctx.log = groups, sizes, log
-        return wide * x, left if prior is None else left * prior, entropy
+        log, entropy = None, mask.new_zeros(())
+        if with_entropy:
+            log = torch.log(mask + sizes.epsilon)
+            entropy = torch.dot(mask.flatten(), log.flatten()) / mask.shape[1]
+        ctx.save_for_backward(score, prior, x, mask, left, log)
+        ctx.groups, ctx.sizes = groups, sizes
+        ctx.set_materialize_grads(False)
+        masked = mask * x if groups is None else groups.widen(mask, x)
+        return masked, left if prior is None else left * prior, entropy
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         masked, after, entropy = grads
-        score, prior, x, mask, left = ctx.saved_tensors
-        grad = masked * x
-        if ctx.groups is not None:
-            grad, masked = ctx.groups.narrow(grad), masked * ctx.groups.widen(mask)
+        score, prior, x, mask, left, log = ctx.saved_tensors
+        if masked is None:
+            masked = torch.zeros_like(x)
+        if ctx.groups is None:
+            grad, grad_x = masked * x, masked * mask
         else:
-            masked = masked * mask
-        grad = grad.sub_(after) if prior is None else grad.addcmul_(after, prior, value=-1)
-        # On the support the derivative of m log m is log m + 1; elsewhere the projection is flat.
-        grad.add_((ctx.log + 1).mul_(entropy / mask.shape[1]))
+            grad, grad_x = ctx.groups.narrow(masked, x), ctx.groups.widen(mask, masked)
+        if after is not None:
+            grad = grad.sub_(after) if prior is None else grad.addcmul_(after, prior, value=-1)
+        if entropy is not None and log is not None:
+            # On the support the derivative of m log m is log m + 1; elsewhere the mask is flat.
+            grad.add_((log + 1).mul_(entropy / mask.shape[1]))
         grad = _pull_back(grad, _slope(mask, ctx.sizes.mask_type))
         if prior is None:
-            return grad, None, masked, None, None
-        return grad * prior, (left * after).addcmul_(grad, score), masked, None, None
+            return grad, None, grad_x, None, None, None
+        grad_prior = grad * score if after is None else (left * after).addcmul_(grad, score)
+        return grad * prior, grad_prior, grad_x, None, None, None
 
 
 class Groups(nn.Module):
@@ -183,17 +192,40 @@ class Groups(nn.Module):
     def __init__(self, group: Tensor, share: Tensor | None = None) -> None:
         super().__init__()
         share = 1.0 / group.bincount()[group] if share is None else share
+        self.n_groups = int(group.max()) + 1
+        # Numbers, then a flag for each: the groups come in order again and again, and a view does.
+        times, rest = divmod(len(group), self.n_groups)
+        in_turn = not rest and torch.equal(group, torch.arange(self.n_groups).repeat(times))
+        self.times, self.whole = times if in_turn else 0, bool((share == 1).all())
         self.register_buffer("group", group, persistent=False)
         self.register_buffer("share", share, persistent=False)
 
-    def widen(self, mask: Tensor) -> Tensor:
-        """Weights of groups (g, b) to weights of features (f, b)."""
-        return mask[self.group].mul_(self.share.to(mask.dtype)[:, None])
+    def widen(self, mask: Tensor, x: Tensor) -> Tensor:
+        """Weights of groups (g, b), handed to their features, times x (f, b)."""
+        if self.times:
+            wide = (x.view(self.times, *mask.shape) * mask).view_as(x)
+        else:
+            wide = mask.index_select(0, self.group).mul_(x)
+        return wide if self.whole else wide.mul_(self.share.to(mask.dtype)[:, None])
 
-    def narrow(self, grad: Tensor) -> Tensor:
-        """The transpose of `widen`."""
-        total = grad.new_zeros(int(self.group.max()) + 1, grad.shape[1])
-        return total.index_add_(0, self.group, grad * self.share.to(grad.dtype)[:, None])
+    def copy(self, rows: Tensor) -> Tensor:
+        """What is given for groups (b, g), repeated for their features (b, f)."""
+        return rows.repeat(1, self.times) if self.times else rows.index_select(1, self.group)
+
+    def narrow(self, grad: Tensor, x: Tensor) -> Tensor:
+        """The transpose of `widen` for its first argument: grad (f, b) to (g, b)."""
+        if self.times and self.whole:
+            shape = (self.times, self.n_groups, grad.shape[1])
+            grads, parts = grad.view(shape), x.view(shape)
+            total = grads[0] * parts[0]
+            for i in range(1, self.times):
+                total.addcmul_(grads[i], parts[i])
+            return total
+        cells = grad * x
+        if not self.whole:
+            cells.mul_(self.share.to(grad.dtype)[:, None])
+        total = grad.new_zeros(self.n_groups, grad.shape[1])
+        return total.index_add_(0, self.group, cells)
 
 
 # ---------------------------------------------------------------- layers
@@ -253,12 +285,12 @@ class GhostNorm(nn.Module):
 
     def _track(self, mean: Tensor, rstd: Tensor, v: int) -> None:
         """Running statistics after one update for every virtual batch in turn."""
-        n_parts, keep = mean.shape[1], 1 - self.momentum
-        weight = _turns(n_parts, self.momentum, mean.dtype, mean.device)
-        scale, dtype = v / max(1, v - 1), self.running_var.dtype
-        variance = rstd.pow(-2).matmul(weight).sub_(self.eps * (1 - keep**n_parts))
-        self.running_mean.mul_(keep**n_parts).add_((mean @ weight).to(dtype))
-        self.running_var.mul_(keep**n_parts).add_(variance.to(dtype), alpha=scale)
+        n_parts, dtype = mean.shape[1], self.running_var.dtype
+        keep, scale = (1 - self.momentum) ** n_parts, v / max(1, v - 1)
+        weight = _turns(n_parts, self.momentum, dtype, mean.device)
+        self.running_mean.addmv_(mean.to(dtype), weight, beta=keep)
+        self.running_var.addmv_(rstd.to(dtype).pow(-2), weight, beta=keep, alpha=scale)
+        self.running_var.sub_(scale * self.eps * (1 - keep))
         self.num_batches_tracked += n_parts
 
 
@@ -365,7 +397,9 @@ class TabNetEncoder(nn.Module):
         self.splitter = FeatureTransformer(n_features, width, s.n_shared, s.n_independent, s)
         self.steps = nn.ModuleList(AttentiveStep(n_features, n_groups, s) for _ in range(s.n_steps))
 
-    def forward(self, x: Tensor, prior: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+    def forward(
+        self, x: Tensor, prior: Tensor | None = None, with_entropy: bool = True
+    ) -> tuple[list[Tensor], Tensor]:
         """Outputs of the steps (b, d) and the mean of sum m log m over rows and steps.
 
         Parameters
@@ -373,6 +407,8 @@ class TabNetEncoder(nn.Module):
         x : tensor (b, f)
         prior : tensor (b, g) or None
             How far each group may be attended to; None is one everywhere.
+        with_entropy : bool, default=True
+            False: zero in the place of the second.
         """
         s, x = self.sizes, self.norm(x.t().contiguous())
         prior = None if prior is None else prior.t().contiguous()
@@ -380,7 +416,7 @@ class TabNetEncoder(nn.Module):
         outputs, entropies = [], []
         for step in cast("list[AttentiveStep]", self.steps):
             score = step.norm(step.score.weight @ attention)
-            masked, prior, entropy = _Attend.apply(score, prior, x, self.groups, s)
+            masked, prior, entropy = _Attend.apply(score, prior, x, self.groups, s, with_entropy)
             out = step.transformer(masked, self.shared)
             outputs.append(F.relu(out[: s.n_d]).t())
             attention = out[s.n_d :]
@@ -397,8 +433,8 @@ class TabNetEncoder(nn.Module):
             score = step.norm(step.score.weight @ attention)
             mask = _project(score if prior is None else score * prior, s.mask_type)
             prior = (s.gamma - mask) * (1 if prior is None else prior)
-            wide = mask if self.groups is None else self.groups.widen(mask)
-            out = step.transformer(wide * x, self.shared)
+            masked = mask * x if self.groups is None else self.groups.widen(mask, x)
+            out = step.transformer(masked, self.shared)
             total += mask * F.relu(out[: s.n_d]).sum(0)
             attention = out[s.n_d :]
             masks.append(mask.t())
@@ -449,7 +485,8 @@ def reconstruction_loss(
     mean = (truth * weight).sum(0) / count.clamp(min=1)
     spread = ((truth - mean).square() * weight).sum(0) / (count - 1).clamp(min=1)
     # NOTE[DIFF] The library takes the mean with its sign, which turns an error into a gain.
-    unit = torch.where(spread == 0, mean.abs(), spread)
+    # A constant column has a spread of rounding errors, which is no unit either.
+    unit = torch.where(spread <= 1e-10 * mean.square(), mean.abs(), spread)
     unit = torch.where(unit == 0, torch.ones_like(unit), unit)
-    cells = ((guess - truth) * hidden).square() / unit
-    return (cells.sum(1) / (hidden.sum(1) + 1e-9)).mean()
+    share = hidden / (hidden.sum(1, keepdim=True) + 1e-9) / unit
+    return ((guess - truth).square() * share).sum() / len(truth)

@@ -96,32 +96,51 @@ class TabNetTableEncoder(nn.Module):
             return torch.zeros(len(some), 1, device=some.device, dtype=self.tabnet.norm.bias.dtype)
         return self.embedder(x.get("values"), x.get("codes"))
 
+    def told(self, features: Tensor) -> Tensor:
+        """Of features (b, f), those that tell what was observed (b, o): not the missing flags."""
+        numbers = self.embedder.numbers
+        if numbers is None or not len(numbers.flags):
+            return features
+        stop = len(numbers.column)
+        start = stop - len(numbers.flags)
+        if stop == features.shape[1]:
+            return features[:, :start]
+        return torch.cat([features[:, :start], features[:, stop:]], 1)
+
     def known(self, x: dict[str, Tensor]) -> Tensor:
-        """Features that tell what was observed (b, f): neither holes nor their flags."""
-        parts = []
+        """1 for the features of `told` that were observed, 0 for the others (b, o)."""
+        parts, dtype = [], self.tabnet.norm.bias.dtype
         if "values" in x and self.embedder.numbers is not None:
-            missing, numbers = x["values"].isnan(), self.embedder.numbers
-            seen = ~missing[:, numbers.column]
-            seen[:, seen.shape[1] - len(numbers.flags) :] = False
-            parts.append(seen)
+            values, numbers = x["values"], self.embedder.numbers
+            seen = torch.eq(values, values, out=torch.empty_like(values))  # NaN is not itself
+            if len(numbers.bin_column):
+                seen = torch.cat([seen, seen.index_select(1, numbers.bin_column)], 1)
+            parts.append(seen.to(dtype))
         if "codes" in x:
             widths = [int(table.embedding_dim) for table in self.embedder.embeddings]  # type: ignore[arg-type]
             repeats = torch.tensor(widths, device=x["codes"].device)
-            parts.append((x["codes"] > 0).repeat_interleave(repeats, 1))
-        return torch.cat(parts, 1)
+            parts.append((x["codes"] > 0).to(dtype).repeat_interleave(repeats, 1))
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
     def hide(self, features: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Hide columns at random: features (b, f), prior (b, g), and what is gone (b, f)."""
-        groups = torch.rand(len(features), self.tabnet.n_groups, device=features.device) < share
-        gone = groups if self.tabnet.groups is None else groups[:, self.tabnet.groups.group]
-        return features.masked_fill(gone, 0.0), (~groups).to(features.dtype), gone
+        """Hide columns at random: features (b, f), prior (b, g), and what is gone (b, f).
 
-    def outputs(self, x: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
-        """What the steps give (b, d), and the mean of sum m log m."""
-        return self.tabnet(self.features(x))
+        The last two hold 0 and 1; the prior of a hidden column is 0.
+        """
+        shape = len(features), self.tabnet.n_groups
+        draw = torch.rand(shape, device=features.device, dtype=features.dtype)
+        prior = torch.ge(draw, share, out=draw)
+        left = prior if self.tabnet.groups is None else self.tabnet.groups.copy(prior)
+        return features * left, prior, 1 - left
+
+    def outputs(
+        self, x: dict[str, Tensor], with_entropy: bool = True
+    ) -> tuple[list[Tensor], Tensor]:
+        """What the steps give (b, d), and the mean of sum m log m, or zero if not asked for."""
+        return self.tabnet(self.features(x), with_entropy=with_entropy)
 
     def forward(self, x: dict[str, Tensor]) -> Tokens:
-        return single(torch.stack(self.outputs(x)[0]).sum(0))
+        return single(torch.stack(self.outputs(x, with_entropy=False)[0]).sum(0))
 
 
 class MaskedReconstruction(nn.Module):
@@ -141,17 +160,27 @@ class MaskedReconstruction(nn.Module):
     def __init__(self, encoder: TabNetTableEncoder, mask_ratio: float) -> None:
         super().__init__()
         self.mask_ratio = mask_ratio
-        self.decoder = TabNetDecoder(encoder.n_features, encoder.tabnet.sizes)
+        n_told = encoder.told(torch.empty(0, encoder.n_features)).shape[1]
+        self.decoder = TabNetDecoder(n_told, encoder.tabnet.sizes)
 
     def forward(
-        self, encoder: TabNetTableEncoder, x: dict[str, Tensor], keep: Tensor
+        self,
+        encoder: TabNetTableEncoder,
+        x: dict[str, Tensor],
+        keep: Tensor | None,
+        with_entropy: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """The loss, and the mean of sum m log m; `keep` (b,) says which rows have the table."""
+        """The loss, and the mean of sum m log m.
+
+        `keep` (b,) says which rows have the table; None is all.
+        """
         features = encoder.features(x)
         if not len(encoder.embedder.column):  # no column was ever filled in
             return self.decoder.out.weight.sum() * 0.0, features.sum() * 0.0
         hidden, prior, gone = encoder.hide(features, self.mask_ratio)
-        known = encoder.known(x) & keep[:, None]
-        outputs, entropy = encoder.tabnet(hidden, prior)
-        guess = self.decoder(outputs)
-        return reconstruction_loss(guess, features.detach(), gone & known, known), entropy
+        known = encoder.known(x)
+        if keep is not None:
+            known = known * keep[:, None]
+        outputs, entropy = encoder.tabnet(hidden, prior, with_entropy)
+        guess, truth = self.decoder(outputs), encoder.told(features.detach())
+        return reconstruction_loss(guess, truth, encoder.told(gone) * known, known), entropy

@@ -134,6 +134,20 @@ def test_retrieval_of_notes(aligner, data):
     assert not hasattr(aligner, "memory_")
 
 
+def test_retrieval_of_sections(aligner, data):
+    X, _ = data
+    memory = pd.DataFrame({"note": ["COURSE: fever cough\nSKIN: rash hives", None, "CHEST: pain"]})
+    found = aligner.retrieve(X.iloc[:2], memory, k=9, sections=r"\n(?=[A-Z]+:)")
+    assert len(found) == 2 * 3
+    one = found[found["row"] == 0].sort_values(["memory_row", "section"])
+    assert list(one["note"]) == ["COURSE: fever cough", "SKIN: rash hives", "CHEST: pain"]
+    assert list(one["memory_row"]) == [0, 0, 2]
+    cosine = aligner.similarity(X.iloc[:1], list(one["note"]))[0]
+    np.testing.assert_allclose(one["similarity"], cosine)
+    with pytest.raises(ValueError, match="memory holds no note"):
+        aligner.retrieve(X.head(1), memory.iloc[[1]])
+
+
 # ---------------------------------------------------------------- topics
 
 

@@ -169,9 +169,17 @@ def test_importance_equals_pytorch_tabnet(library, options):
         total, steps = theirs.forward_masks(x)
     mine_total, mine_steps = mine.encoder.masks(mine.features(x))
     groups = mine.encoder.groups
-    spread = mine_total if groups is None else groups.widen(mine_total.t()).t()
+    spread = (
+        mine_total
+        if groups is None
+        else groups.widen(mine_total.t(), torch.ones(8, 20).double()).t()
+    )
     torch.testing.assert_close(spread, total, atol=1e-10, rtol=1e-10)
-    first = mine_steps[0] if groups is None else groups.widen(mine_steps[0].t()).t()
+    first = (
+        mine_steps[0]
+        if groups is None
+        else groups.widen(mine_steps[0].t(), torch.ones(8, 20).double()).t()
+    )
     torch.testing.assert_close(first, steps[0], atol=1e-10, rtol=1e-10)
 
 
@@ -205,7 +213,7 @@ def test_gradients_of_the_masks_and_of_a_step():
         for groups in (ours.Groups(group), None):
             wide = x if groups is not None else x[:3].detach().requires_grad_()
             torch.autograd.gradcheck(
-                lambda s, p, w, g=groups, n=sizes: ours._Attend.apply(s, p, w, g, n),
+                lambda s, p, w, g=groups, n=sizes: ours._Attend.apply(s, p, w, g, n, True),
                 (score, prior, wide),
             )
 
@@ -213,7 +221,9 @@ def test_gradients_of_the_masks_and_of_a_step():
 def test_a_feature_used_up_has_prior_zero():
     """With gamma 1, what one step attended to in full has logit 0 at the next, not -inf."""
     score = torch.tensor([[9.0], [0.0], [0.0]])
-    _, prior, _ = ours._Attend.apply(score, None, torch.ones(3, 1), None, ours.Sizes(gamma=1.0))
+    _, prior, _ = ours._Attend.apply(
+        score, None, torch.ones(3, 1), None, ours.Sizes(gamma=1.0), True
+    )
     torch.testing.assert_close(prior, torch.tensor([[0.0], [1.0], [1.0]]))
 
 
@@ -264,9 +274,11 @@ def test_missing_numbers_reach_no_gradient():
     assert features[0, 1] == 0
     assert features[0, 3] == 1  # its flag
     known = encoder.known(x)
-    np.testing.assert_array_equal(known[0, :4], [True, False, True, False])
-    assert not known[0, 4:].any()
-    assert known[1, 4:].all()
+    np.testing.assert_array_equal(known[0, :3], [1, 0, 1])  # the flag tells nothing of a value
+    assert not known[0, 3:].any()
+    assert known[1, 3:].all()
+    np.testing.assert_array_equal(encoder.told(features)[:, :3].detach(), features[:, :3].detach())
+    np.testing.assert_array_equal(encoder.told(features)[:, 3:].detach(), features[:, 4:].detach())
 
 
 def test_hidden_columns_are_gone_with_all_their_features():
@@ -277,8 +289,8 @@ def test_hidden_columns_are_gone_with_all_their_features():
     hidden, prior, gone = encoder.hide(features, 0.5)
     assert prior.shape == (50, 3)
     for feature, column in enumerate(encoder.embedder.column):
-        torch.testing.assert_close(gone[:, feature], prior[:, column] == 0)
-    torch.testing.assert_close(hidden, features * ~gone)
+        torch.testing.assert_close(gone[:, feature], 1 - prior[:, column])
+    torch.testing.assert_close(hidden, features * (1 - gone))
     assert 0.3 < gone.float().mean() < 0.7
 
 

@@ -39,6 +39,7 @@ HELPERS: tuple[type, ...] = (
     _two_stage.Calibrator,
 )  # fmt: skip
 XGBOOST = ("XGBClassifier", "XGBRegressor")
+PLACES = ("checkpoint", "memory", "cache")
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -228,11 +229,20 @@ def _state_of(x):
     if isinstance(x, KnowledgeGraph):
         return _graph_state(x)
     state = _encoding.state_of(x)
+    if state is not None and isinstance(x, base.TorchEstimator | modalities.Modality):
+        # Folders of this machine say nothing elsewhere, and may name somebody.
+        state = _without_places(state)
+        if "built_with_" in state:
+            state["built_with_"] = _without_places(state["built_with_"])
     if state is not None and type(x).__name__ == "TunedThresholdClassifierCV":
         state.pop("_curve_scorer", None)  # holds functions, and only fit asks it
     if isinstance(x, _sklearn_parts.REQUESTS) and not isinstance(x.owner, str):
         state.pop("owner", None)  # the estimator whose part it is
     return state
+
+
+def _without_places(params):
+    return params | {name: None for name in PLACES if name in params}
 
 
 def _defaults(kind):

@@ -1012,6 +1012,21 @@ def test_folders_of_other_things_are_left_alone(saved, tmp_path):
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_folders_of_this_machine_stay_here(tmp_path):
+    X, y = ehrfuse.datasets.make_ehr(n_samples=40, random_state=0)
+    place = tmp_path / "of-somebody"
+    note = ehrfuse.Text("note", min_count=2, cache=str(place / "vectors"))
+    clf = ehrfuse.FusionClassifier(
+        {"note": note}, max_epochs=1, checkpoint=str(place), memory=str(place), random_state=0
+    ).fit(X, y)
+    ehrfuse.save(clf, tmp_path / "model.zip")
+    assert b"of-somebody" not in (tmp_path / "model.zip").read_bytes()
+    again = ehrfuse.load(tmp_path / "model.zip")
+    assert (again.checkpoint, again.memory, again.modalities["note"].cache) == (None, None, None)
+    assert_same(again.predict_proba(X), clf.predict_proba(X))
+    assert clf.checkpoint == str(place)  # the one at hand keeps its own
+
+
 def test_a_failed_write_leaves_the_model_of_before(saved, tmp_path, monkeypatch):
     path, folder = tmp_path / "model.zip", tmp_path / "model"
     ehrfuse.save(saved.clf, path)

@@ -2,9 +2,9 @@
 Which of these models, and what for
 ===================================
 
-Three models on the same folds: the table of a paper, what the difference is worth, whether one would
-decide better by them, what each modality adds, and how sure one may be of the next patient. The
-patients are simulated.
+Three models on the same folds: the table of a paper, what the difference is worth, whether one
+would decide better by them, what each modality adds, and how sure one may be of the next patient.
+The patients are simulated.
 """
 
 import matplotlib.pyplot as plt
@@ -50,8 +50,8 @@ ComparisonDisplay.from_comparison(found)
 plt.savefig("compare_differences.png", dpi=120)
 
 # %%
-# A risk is there to decide by: net benefit at every threshold, and whether the risks are true, within
-# each missing pattern.
+# A risk is there to decide by: net benefit at every threshold, and whether the risks are true,
+# within each missing pattern.
 
 risks = {name: found.predictions[name] for name in ("boosting", "FusionClassifier")}
 DecisionCurveDisplay.from_predictions(data.y, risks, groups=data.groups, n_resamples=200)

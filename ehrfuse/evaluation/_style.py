@@ -6,7 +6,7 @@ from ehrfuse._runtime import import_optional
 
 # Okabe and Ito's colours: told apart with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
-BLUE, VERMILLION, BLACK = "#0072B2", "#D55E00", "#222222"
+BLUE, VERMILION, BLACK = "#0072B2", "#D55E00", "#222222"
 GREY, POOLED = "#D9D9D9", "#8FA9B8"
 DASHES = ("-", "--", "-.", ":")  # told apart in grey print too
 FONT = 10

@@ -12,7 +12,7 @@ from ehrfuse.evaluation._inputs import (
     estimator_modalities,
     find_patterns,
 )
-from ehrfuse.evaluation._style import BLACK, BLUE, FONT, GREY, POOLED, VERMILLION, fitted
+from ehrfuse.evaluation._style import BLACK, BLUE, FONT, GREY, POOLED, VERMILION, fitted
 from ehrfuse.evaluation.missingness import pattern_table
 
 _FEW, _MANY, _SHARE = 8, 16, 0.8  # patterns drawn by default
@@ -297,8 +297,8 @@ class MissingPatternDisplay:
         rate = table["rate"].to_numpy(dtype=float)
         reach = np.abs(table[["lo", "hi"]].to_numpy(dtype=float).T - rate)
         ax.axhline(self.overall_rate, color=BLACK, linestyle="--", linewidth=1, zorder=1)
-        ax.errorbar(range(len(rate)), rate, reach, fmt="o", ms=6, color=VERMILLION,
-                    ecolor=VERMILLION, elinewidth=1.5, capsize=3, zorder=3)  # fmt: skip
+        ax.errorbar(range(len(rate)), rate, reach, fmt="o", ms=6, color=VERMILION,
+                    ecolor=VERMILION, elinewidth=1.5, capsize=3, zorder=3)  # fmt: skip
         top = np.nanmax(table["hi"].to_numpy(dtype=float))
         ax.set_ylim(-0.05 * top, 1.08 * top)  # below 0, so that points at 0 are whole
         ax.yaxis.set_major_locator(ticker.MaxNLocator(6, steps=[1, 2, 5, 10]))

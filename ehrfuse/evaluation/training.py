@@ -10,7 +10,7 @@ from ehrfuse.evaluation._style import (
     COLOURS,
     FONT,
     GREY,
-    VERMILLION,
+    VERMILION,
     clean,
     fitted,
     new_axes,
@@ -107,7 +107,7 @@ class TrainingHistoryDisplay:
         ticker = ax.xaxis.get_major_locator()
         ticker.set_params(integer=True)
         epochs = table["epoch"] + 1
-        for side, colour, style in (("train", BLUE, "-"), ("val", VERMILLION, "--")):
+        for side, colour, style in (("train", BLUE, "-"), ("val", VERMILION, "--")):
             values = table.get(f"{side}_{term}")
             if values is None:
                 continue
@@ -115,7 +115,7 @@ class TrainingHistoryDisplay:
             ax.plot(epochs, values, color=colour, linestyle=style, marker="o", ms=3, label=label)
             if side == "val" and term == "loss":
                 best = values.idxmin()
-                ax.plot(epochs[best], values[best], "*", ms=12, color=VERMILLION, zorder=4,
+                ax.plot(epochs[best], values[best], "*", ms=12, color=VERMILION, zorder=4,
                         label=f"best: epoch {epochs[best]}")  # fmt: skip
         title = "sum of the terms" if len(self.axes_) > 1 else "loss"
         ax.set_title(title if term == "loss" else fitted(term.replace("_", " "), 26),

@@ -8,7 +8,6 @@ predictions for which there is none.
 Axes: b - batch, m - tables, d - n_d, w - width of a note's vector, j - joint space.
 """
 
-import re
 import warnings
 from dataclasses import replace
 from numbers import Integral, Real
@@ -16,8 +15,6 @@ from numbers import Integral, Real
 import numpy as np
 import pandas as pd
 import torch
-from scipy.sparse import csr_matrix
-from sklearn.decomposition import TruncatedSVD
 from sklearn.utils import check_scalar
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
@@ -25,6 +22,7 @@ from torch.nn import functional as F
 
 from ehrfuse._runtime import check_option
 from ehrfuse.base import TorchEncoder
+from ehrfuse.methods._note_vectors import chunk_lengths, cut_sections, learn_topics, word_counts
 from ehrfuse.methods._tabnet import TABLES, TableCore, TabNetEstimator
 from ehrfuse.modalities.text import Text
 from ehrfuse.nn.clip import ChunkPool, SplitEncoder, TopicEncoder
@@ -336,7 +334,7 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
             )
         for name, modality in self.modalities_.items():
             if isinstance(modality, Text) and modality.model is None:
-                found = _learn_topics(data.blocks[name], data.rows, modality, self.n_topics, seed)
+                found = learn_topics(data.blocks[name], data.rows, modality, self.n_topics, seed)
                 for part, learned in found.items():
                     getattr(core.notes[name], part).copy_(torch.from_numpy(learned))
         sets = [s for s in (data, validation) if s is not None]
@@ -357,12 +355,12 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
         for name, reader in core.notes.items():
             block = blocks[name]
             if isinstance(reader, TopicEncoder):
-                place = _counts(block, len(reader.topics)) @ reader.topics.cpu().numpy()
+                place = word_counts(block, len(reader.topics)) @ reader.topics.cpu().numpy()
                 place = place - reader.center.cpu().numpy()
                 blocks[name] = replace(block, arrays={"vector": place}, ragged={})
             elif isinstance(reader.encoder, SplitEncoder):
                 (ids, offsets), (chunk, _) = block.ragged["ids"], block.ragged["chunk"]
-                lengths = torch.from_numpy(_chunk_lengths(offsets, chunk))
+                lengths = torch.from_numpy(chunk_lengths(offsets, chunk))
                 hidden = reader.encoder.read_once(torch.from_numpy(ids), lengths).numpy()
                 ragged = {"hidden": (hidden, offsets), "chunk": (chunk, offsets)}
                 blocks[name] = replace(block, ragged=ragged)
@@ -545,7 +543,7 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
             in `memory`), ``section`` (its number in the note) and ``note``, its text.
         """
         check_scalar(k, "k", Integral, min_val=1)
-        memory_row, section, texts = _sections(memory[self._note_columns()[0]], sections)
+        memory_row, section, texts = cut_sections(memory[self._note_columns()[0]], sections)
         if not len(texts):
             raise ValueError("memory holds no note; give rows with notes.")
         k = min(k, len(texts))
@@ -562,19 +560,6 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
         })  # fmt: skip
 
 
-def _sections(notes, pattern):
-    """Texts of a column of notes, cut at a pattern, with their row and their number within it."""
-    rows, numbers, texts = [], [], []
-    for row, note in enumerate(notes.to_numpy(dtype=object)):
-        if isinstance(note, str):
-            parts = [note] if pattern is None else re.split(pattern, note)
-            parts = [part for part in parts if part.strip()]
-            rows += [row] * len(parts)
-            numbers += range(len(parts))
-            texts += parts
-    return np.array(rows, dtype=int), np.array(numbers, dtype=int), texts
-
-
 def _ranks(a, b):
     """Rank of b's row i among all rows of b as seen from a's row i; ties count half."""
     ranks = []
@@ -587,37 +572,3 @@ def _ranks(a, b):
 
 def _mean(values):
     return float(values.mean()) if len(values) else np.nan
-
-
-def _counts(block, n_words):
-    (ids, offsets), (weights, _) = block.ragged["ids"], block.ragged["weights"]
-    return csr_matrix((weights, ids, offsets), shape=(len(offsets) - 1, n_words))
-
-
-def _chunk_lengths(offsets, chunk):
-    """Tokens of every chunk, in order, from the chunk's number within its note."""
-    row = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    new = np.ones(len(chunk), bool)
-    new[1:] = (chunk[1:] != chunk[:-1]) | (row[1:] != row[:-1])
-    return np.diff(np.append(np.flatnonzero(new), len(chunk)))
-
-
-def _learn_topics(block, rows, modality, n_topics, seed):
-    """Latent semantic analysis of the training notes.
-
-    Word vectors ``topics`` (n_words + 1, n_topics), and the mean place ``center`` (n_topics,).
-    """
-    # `Text` weighs rare words down for the sake of Adam; here TF-IDF itself is wanted.
-    idf = np.concatenate([[1.0], modality.idf_])
-    rare = np.exp((idf - 1) / 2)
-    counts = _counts(block, len(idf))[rows[block.present[rows]]].multiply(rare[None]).tocsr()
-    topics, center = np.zeros((len(idf), n_topics), "float32"), np.zeros(n_topics, "float32")
-    rank = min(n_topics, min(counts.shape) - 1)
-    if rank > 0:
-        found = TruncatedSVD(rank, random_state=seed)
-        place = found.fit_transform(counts)
-        # One unit for all topics, so that the common ones count most.
-        unit = np.sqrt(place.var(0).sum() / n_topics) or 1.0
-        topics[:, :rank] = (found.components_ * rare / unit).T
-        center[:rank] = place.mean(0) / unit
-    return {"topics": topics, "center": center}

@@ -132,3 +132,24 @@ def test_siglip_loss():
     together = torch.zeros(5, dtype=torch.long)
     alone = siglip_loss(a, b, t, bias, together, "ignore")
     torch.testing.assert_close(alone, -F.logsigmoid(t * (a * b).sum(1) + bias).mean())
+
+
+@pytest.mark.parametrize("scale", [10.0, 60.0])
+@pytest.mark.parametrize("kept", [0, 4 * 8 * 20, 10**6])
+def test_clip_loss_is_the_same_whatever_is_kept(monkeypatch, kept, scale):
+    """Logits kept for the gradient, some of them or none; and a second pass through the graph."""
+    from ehrfuse.nn import losses
+
+    monkeypatch.setattr(losses, "KEPT_BYTES", kept)
+    torch.manual_seed(0)
+    a, b = (F.normalize(torch.randn(20, 6).double(), dim=1).requires_grad_() for _ in range(2))
+    top, own = torch.tensor(scale).double().requires_grad_(), torch.arange(20)
+    logits = top * a @ b.t()
+    plain = (F.cross_entropy(logits, own) + F.cross_entropy(logits.t(), own)) / 2
+    wanted = torch.autograd.grad(plain, (a, b, top))
+    loss = losses.clip_loss(a, b, top, chunk=4)
+    torch.testing.assert_close(loss, plain)
+    for _ in range(2):
+        found = torch.autograd.grad(loss, (a, b, top), retain_graph=True)
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other)

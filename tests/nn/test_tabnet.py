@@ -241,6 +241,16 @@ def test_reconstruction_counts_hidden_cells_alone():
     assert float(ours.reconstruction_loss(mean, truth, torch.zeros_like(hidden))) == 0
 
 
+def test_a_constant_column_has_no_unit_of_rounding_errors():
+    """The mean of 256 times 0.3 is not 0.3 in float32; its square must not divide an error."""
+    truth = torch.full((256, 1), 0.3)
+    assert float((truth - truth.sum(0) / 256).abs().max()) < 1e-5
+    loss = ours.reconstruction_loss(truth + 0.1, truth, torch.ones(256, 1))
+    assert float(loss) == pytest.approx(0.01 / 0.3, rel=1e-3)
+    odd = torch.full((253, 40), 0.1) * torch.arange(1, 41)
+    assert float(ours.reconstruction_loss(odd + 0.1, odd, torch.ones(253, 40))) < 1
+
+
 @pytest.mark.parametrize("n_rows", [1, 2, 17, 33, 49])
 def test_no_virtual_batch_of_one_row(n_rows):
     norm = ours.GhostNorm(3, 16, 0.1)

@@ -2,7 +2,7 @@
 
 A world draws its size, number of columns, strength of effects, rate of the outcome, patients,
 missingness (at random, by illness, by value), notes with honest words, events, composite scores,
-and one of five estimators. Every finding of verdict "warn" or "leak" is a false alarm.
+and one of seven estimators. Every finding of verdict "warn" or "leak" is a false alarm.
 """
 
 # First of all: it sets the number of threads.

@@ -113,11 +113,11 @@ class Run:
         self.step += 1
         self.done += 1
 
-    def end_epoch(self, record: dict, stop: bool) -> None:
+    def end_epoch(self, record: dict) -> None:
         """An epoch is done; its validation loss may make it the best, or the last."""
         self.history.append(record)
         enough = "val_loss" in record and self.best.see(self.core.state_dict(), record)
-        self.epoch, self.done, self.stopped = self.epoch + 1, 0, bool(stop or enough)
+        self.epoch, self.done, self.stopped = self.epoch + 1, 0, bool(enough)
         self.totals, self.shuffle = Mean(), self.rng.bit_generator.state
 
     def restore_best(self) -> None:

@@ -5,6 +5,7 @@ classes that the caller hands in; a name in a file is looked up there and never 
 """
 
 import inspect
+import os
 import re
 import sys
 import warnings
@@ -242,7 +243,7 @@ def _state_of(x):
 
 
 def _without_places(params):
-    return params | {name: None for name in PLACES if name in params}
+    return params | {k: None for k in PLACES if isinstance(params.get(k), str | os.PathLike)}
 
 
 def _defaults(kind):

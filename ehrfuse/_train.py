@@ -64,7 +64,9 @@ def train(
                 record = {"epoch": run.epoch, **run.totals.means("train", team)}
                 if validation is not None:
                     record |= evaluate(core, validation, batch_size, seed, device, run.epoch, amp)
-                run.end_epoch(*team.agree((record, report is not None and report(record))))
+                run.end_epoch(team.agree(record))  # before the report, which may be Ctrl-C
+                if team.agree(report is not None and report(record)):
+                    run.stopped = True
                 keeper.keep(run, team)
             run.restore_best()
             keeper.finish(run, team)

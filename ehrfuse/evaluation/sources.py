@@ -55,7 +55,7 @@ def map_columns(X, columns, *, scale=None, values=None):
     mapped = {}
     for ours, theirs in columns.items():
         if theirs is None:
-            mapped[ours] = pd.Series(None, index=X.index, dtype=object)
+            mapped[ours] = pd.Series([None] * len(X), index=X.index, dtype=object)
             continue
         column = X[theirs]
         if ours in values:

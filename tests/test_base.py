@@ -154,6 +154,21 @@ def test_validation_rows_share_no_patient_and_teach_nothing(cohort, modalities):
     assert not set(left_out["subject_id"]) & set(X.loc[seen, "subject_id"])
 
 
+def test_pretraining_sees_no_validation_patient(cohort, modalities, monkeypatch):
+    seen = []
+    inner = MMNARPretrainer.fit
+
+    def spied(self, X, y=None):
+        seen.extend(X["subject_id"])
+        return inner(self, X, y)
+
+    monkeypatch.setattr(MMNARPretrainer, "fit", spied)
+    clf = pretrained(modalities, groups="subject_id", validation_fraction=0.3)
+    clf.fit(cohort.X, cohort.y)
+    left_out = ~cohort.X["subject_id"].isin(seen)
+    assert left_out.sum() == 120 - len(seen) > 20
+
+
 def test_validation_rows_without_groups_keep_the_classes(cohort, modalities):
     clf = FusionClassifier(modalities, **FAST, validation_fraction=0.25)
     clf.target_ = clf._make_target(cohort.y)

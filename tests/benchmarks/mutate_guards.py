@@ -38,7 +38,7 @@ GUARDS = (
     Guard(
         "pretraining: training rows",
         BASE, "self._fit_pretrained(X_train, declared, seed)",
-        "self._fit_pretrained(X, declared, seed)", "tests/methods/test_rapt.py", "validation",
+        "self._fit_pretrained(X, declared, seed)", "tests/test_base.py", "pretraining",
     ),
     Guard(
         "validation rows: other patients",

@@ -46,7 +46,7 @@ def write(path: Path, manifest: dict[str, Any], tensors: dict[str, np.ndarray], 
             f"The manifest would have {len(text)} bytes, more than load reads ({MAX_MANIFEST}); "
             "give long lists of numbers or words as arrays."
         )
-    if path.suffix == ".zip":
+    if path.suffix.lower() == ".zip":
         _write_zip(path, {MANIFEST: text, ZIPPED: blob})
     else:
         _write_folder(path, {UNZIPPED: blob, MANIFEST: text}, card)
@@ -76,7 +76,8 @@ def _write_folder(path: Path, files: dict[str, bytes], card: str) -> None:
     if path.exists() and not path.is_dir():
         raise ValueError(f"{str(path)!r} is a file; name a folder, or a file ending in '.zip'.")
     there = {p.name for p in path.iterdir()} if path.is_dir() else set()
-    if there and not there & {MANIFEST, ".git"}:
+    bare = {".git", ".gitattributes", CARD}  # as a new repository of the hub has them
+    if there - bare and not _is_ours(path / MANIFEST):
         raise ValueError(
             f"Folder {str(path)!r} holds other things and no saved model; name a new folder, "
             "or a file ending in '.zip'."
@@ -96,6 +97,15 @@ def _write_folder(path: Path, files: dict[str, bytes], card: str) -> None:
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
+
+
+def _is_ours(manifest: Path) -> bool:
+    """Whether a manifest was written here; others are not to be written over."""
+    try:
+        found = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"format", "tensors_sha256", "sha256"} <= set(found)
 
 
 @contextmanager

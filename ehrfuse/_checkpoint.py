@@ -371,10 +371,10 @@ class Checkpoint(NoCheckpoint):
 
     def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         facts = _facts(path)
-        self._refuse_foreign(facts["stamp"])
         tensors = load_file(path)
-        if facts["checksum"] != _checksum(tensors):
+        if facts.pop("checksum", None) != _checksum(tensors, facts):
             raise Damaged("its checksum is another")
+        self._refuse_foreign(facts["stamp"])
         return tensors, facts
 
     def _refuse_foreign(self, theirs: dict[str, Any]) -> None:
@@ -396,7 +396,7 @@ class Checkpoint(NoCheckpoint):
             if folder != self.folder and files and not _runs(folder / "running"):
                 try:
                     theirs = _facts(files[0])["stamp"]
-                except Damaged:
+                except (Damaged, KeyError):
                     continue
                 warnings.warn(
                     f"{folder} holds a fit that was stopped and had other "
@@ -452,7 +452,8 @@ class Checkpoint(NoCheckpoint):
         """Write beside, then rename; a failure is a warning, and the good files stay."""
         tensors = _own_memory(tensors)
         facts = facts | {"stamp": self.stamp, "saved": self.saved + 1}
-        facts["checksum"] = _checksum(tensors)
+        facts = json.loads(json.dumps(facts))  # as it will be read
+        facts["checksum"] = _checksum(tensors, facts)
         beside = self.folder / f".{name}.{os.getpid()}"
         try:
             save_file(tensors, beside, metadata={"facts": json.dumps(facts)})
@@ -516,8 +517,8 @@ def _own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _checksum(tensors: dict[str, Tensor]) -> int:
-    found = 0
+def _checksum(tensors: dict[str, Tensor], facts: dict[str, Any]) -> int:
+    found = zlib.crc32(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(tensors):
         found = zlib.crc32(_bytes(tensors[name]), zlib.crc32(name.encode(), found))
     return found

@@ -232,6 +232,17 @@ def test_a_torn_file_leaves_the_one_before(cohort, whole, tmp_path):
         assert_equal(model(tmp_path).fit(cohort.X, cohort.y), whole)
 
 
+def test_a_changed_header_is_seen(cohort, whole, tmp_path):
+    folder = stop(model(tmp_path), cohort)
+    for name in STATES:
+        raw = (folder / name).read_bytes()
+        assert raw.count(b"batch_size") == 1
+        (folder / name).write_bytes(raw.replace(b"batch_size", b"catch_size"))
+    with pytest.warns(UserWarning, match="damaged") as caught:
+        assert_equal(model(tmp_path).fit(cohort.X, cohort.y), whole)
+    assert len(caught) == 2
+
+
 def test_a_changed_bit_is_seen(cohort, whole, tmp_path):
     folder = stop(model(tmp_path), cohort)
     for name in STATES:

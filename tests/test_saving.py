@@ -999,6 +999,13 @@ def test_folders_of_other_things_are_left_alone(saved, tmp_path):
     (tmp_path / "thesis.txt").write_text("x")
     with pytest.raises(ValueError, match="holds other things"):
         ehrfuse.save(saved.clf, tmp_path)
+    other = tmp_path / "other"  # the clone of somebody's model
+    (other / ".git").mkdir(parents=True)
+    (other / "manifest.json").write_text('{"my": "own"}')
+    (other / "model.safetensors").write_bytes(b"MY BERT")
+    with pytest.raises(ValueError, match="holds other things"):
+        ehrfuse.save(saved.clf, other)
+    assert (other / "model.safetensors").read_bytes() == b"MY BERT"
     with pytest.raises(ValueError, match="is a file"):
         ehrfuse.save(saved.clf, tmp_path / "thesis.txt")
     (tmp_path / "folder.zip").mkdir()

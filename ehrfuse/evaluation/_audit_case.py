@@ -137,7 +137,7 @@ class Case:
         self.tasks = np.ndim(y) == 2 and np.shape(y)[1] > 1
         self.grouped = groups is not None
         names = {value for value in (groups, time) if isinstance(value, str)}
-        names |= {getattr(value, "name", None) for value in (groups, time)} - {None}
+        names |= {value.name for value in (groups, time) if _is_column(value, frame)}
         codes = group_codes(groups, len(frame), frame)
         time = None if time is None else pd.Series(np.asarray(group_values(time, frame)))
         check_rows(len(frame), time=time)
@@ -151,7 +151,7 @@ class Case:
         self.time = None if time is None else time.iloc[known].reset_index(drop=True)
         self.targets = make_targets(self.y, self.regression)
         self.given_folds = hasattr(cv, "split") or not np.isscalar(cv)
-        self.folds = self._make_folds(cv, known)
+        self.folds = self._make_folds(cv, known, y, codes)
         self.rows = self._sample(max_rows)
         self.inner = self._inner_folds()
 
@@ -162,7 +162,7 @@ class Case:
         """A stream of random numbers of its own for every check."""
         return np.random.default_rng([self.seed, salt])
 
-    def _make_folds(self, cv, known):
+    def _make_folds(self, cv, known, every_y, every_code):
         groups = None if not self.grouped else self.codes
         one = np.ndim(self.y) == 1 and not self.regression
         if not self.given_folds:
@@ -175,16 +175,24 @@ class Case:
                 cv = KFold(n_folds, shuffle=True, random_state=self.seed)
             else:
                 cv = GroupKFold(n_folds)
+        if hasattr(cv, "split") and len(known) < len(every_code):
+            # A splitter may hold row numbers: it is asked about all rows, unknown ones included.
+            labels = np.asarray(every_y)
+            labels = np.nan_to_num(labels) if self.regression else pd.factorize(labels)[0]
+            cv = self._splits(cv, np.zeros(len(labels)), labels, every_code)
         if hasattr(cv, "split"):
-            with warnings.catch_warnings():  # that groups are ignored is what the audit finds
-                warnings.simplefilter("ignore", UserWarning)
-                folds = list(cv.split(self.X, self.y, groups))
-            return [tuple(map(np.asarray, fold)) for fold in folds]
+            return self._splits(cv, self.X, self.y, groups)
         place = np.full(int(known.max()) + 1, -1)
         place[known] = np.arange(len(known))
         folds = [tuple(np.asarray(part) for part in fold) for fold in cv]
         folds = [tuple(np.flatnonzero(p) if p.dtype == bool else p for p in f) for f in folds]
         return [tuple(place[p[np.isin(p, known)]] for p in fold) for fold in folds]
+
+    def _splits(self, cv, X, y, codes):
+        groups = codes if self.grouped else None
+        with warnings.catch_warnings():  # that groups are ignored is what the audit finds
+            warnings.simplefilter("ignore", UserWarning)
+            return [tuple(map(np.asarray, fold)) for fold in cv.split(X, y, groups)]
 
     def _sample(self, max_rows):
         if len(self) <= max_rows:
@@ -310,3 +318,11 @@ def _predictions(model, X, targets, tasks):
         if target.label in classes:
             scores[:, place] = told[:, classes.index(target.label)]
     return scores
+
+
+def _is_column(value, frame):
+    """Whether a Series is a column of the frame, and not only called like one."""
+    name = getattr(value, "name", None)
+    if name is None or name not in frame.columns:
+        return False
+    return np.array_equal(pd.factorize(frame[name])[0], pd.factorize(np.asarray(value))[0])

@@ -13,6 +13,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostin
 from sklearn.linear_model import Ridge
 
 MAX_LEVELS = 50  # strings of more words and more distinct values than this are text
+MAX_CODES = 5_000  # kinds of whole numbers that may still be codes
 MIN_PATIENTS = 5  # a term of fewer patients is neither used nor shown: it may be a name
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _BINS = 20
@@ -123,14 +124,26 @@ def tokens_of(column):
         return column.data
     tokens = [[] for _ in column.present]
     for name, cells in column.data.items():
-        if name == "row" or pd.api.types.is_numeric_dtype(cells.dtype):
+        if name in ("row", "time"):
             continue
-        for row, cell in zip(column.data["row"], cells, strict=True):
+        if pd.api.types.is_numeric_dtype(cells.dtype):
+            cells = _as_codes(name, cells)
+        for row, cell in zip(column.data["row"], cells, strict=bool(len(cells))):
             if isinstance(cell, str):
                 tokens[row].append(cell)
             elif isinstance(cell, list | tuple | np.ndarray):
                 tokens[row].extend(f"{name}: {value}" for value in cell)
     return tokens
+
+
+def _as_codes(name, cells):
+    """Whole numbers of few kinds may be codes (798 is one of ICD-9): name=value, else nothing."""
+    values = cells.to_numpy(dtype=float, na_value=np.nan)
+    known = np.isfinite(values)
+    whole = known.any() and (values[known] == np.round(values[known])).all()
+    if not whole or len(np.unique(values[known])) > MAX_CODES:
+        return []
+    return [f"{name}: {value:.0f}" if ok else None for value, ok in zip(values, known, strict=True)]
 
 
 def token_matrix(tokens, codes):

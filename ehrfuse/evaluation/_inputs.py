@@ -17,6 +17,7 @@ class Tasks(NamedTuple):
 
     labels: np.ndarray
     names: list | None  # None: y was one-dimensional
+    positive: object = 1  # the label that counts as yes
 
     @property
     def known(self):
@@ -35,7 +36,8 @@ def check_labels(y, classes=None) -> Tasks:
     if len(y) == 0:
         raise ValueError("y has no rows; there is nothing to evaluate.")
     if np.ndim(y) == 1:
-        return Tasks(_one_task(pd.Series(y), classes)[:, None], None)
+        labels, positive = _one_task(pd.Series(y), classes)
+        return Tasks(labels[:, None], None, positive)
     frame = pd.DataFrame(y)
     try:
         labels = frame.to_numpy(dtype=float, na_value=np.nan)
@@ -49,7 +51,7 @@ def check_labels(y, classes=None) -> Tasks:
     return Tasks(labels, list(frame.columns))
 
 
-def _one_task(y: pd.Series, classes) -> np.ndarray:
+def _one_task(y: pd.Series, classes) -> tuple[np.ndarray, object]:
     known = y.notna().to_numpy()
     values = y.to_numpy(dtype=object)[known]
     levels = np.unique(values)
@@ -67,7 +69,7 @@ def _one_task(y: pd.Series, classes) -> np.ndarray:
         )
     labels = np.full(len(y), np.nan)
     labels[known] = values == positive
-    return labels
+    return labels, positive
 
 
 def check_proba(proba, tasks: Tasks, classes=None) -> np.ndarray:
@@ -84,7 +86,7 @@ def check_proba(proba, tasks: Tasks, classes=None) -> np.ndarray:
     else:
         array = np.asarray(proba, dtype=float)
         if n_tasks == 1:
-            array = _positive_column(array, classes)
+            array = _positive_column(array, classes, tasks.positive)
     if array.shape != (n_rows, n_tasks):
         raise ValueError(
             f"The probabilities have shape {np.shape(proba)}, but y has {n_rows} rows and "
@@ -100,13 +102,20 @@ def check_proba(proba, tasks: Tasks, classes=None) -> np.ndarray:
     return np.clip(array, 0, 1)
 
 
-def _positive_column(block, classes) -> np.ndarray:
+def _positive_column(block, classes, positive=1) -> np.ndarray:
     block = np.asarray(block, dtype=float)
     if block.ndim == 2 and block.shape[1] == 2:
+        total = block.sum(axis=1)
+        if (np.abs(total[np.isfinite(total)] - 1) > 1e-3).any():
+            raise ValueError(
+                "The two columns of probabilities do not add up to one, so they are two tasks or "
+                "two models and not the two classes of one outcome; pass the column of this "
+                "outcome."
+            )
         return block[:, [1]]
     # A classifier that saw one class gives one column of ones, for that class.
     if block.ndim == 2 and block.shape[1] == 1 and classes is not None and len(classes) == 1:
-        return np.full_like(block, float(classes[0] == 1))
+        return np.full_like(block, float(classes[0] == positive))
     return block[:, None] if block.ndim == 1 else block
 
 

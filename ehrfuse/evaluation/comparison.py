@@ -12,7 +12,7 @@ from sklearn.utils.parallel import Parallel, delayed
 
 from ehrfuse._progress import progress_bar
 from ehrfuse._runtime import check_option
-from ehrfuse.evaluation._inputs import Tasks, check_labels, check_proba, check_rows, group_codes
+from ehrfuse.evaluation._inputs import check_labels, check_proba, check_rows, group_codes
 from ehrfuse.evaluation._resampling import bootstrap_draws, one_score
 from ehrfuse.evaluation._tables import Comparison
 from ehrfuse.evaluation.folds import hide_groups, make_splits, take
@@ -202,7 +202,7 @@ def _run(fits, y, tasks, n_jobs, verbose):
     done = [None] * len(fits)
     jobs = (
         delayed(_fit_one)(place, fit.model, take(fit.X, fit.train), take(y, fit.train),
-                          take(fit.X, fit.test), Tasks(tasks.labels[fit.test], tasks.names))
+                          take(fit.X, fit.test), tasks._replace(labels=tasks.labels[fit.test]))
         for place, fit in enumerate(fits)
     )  # fmt: skip
     try:
@@ -281,7 +281,7 @@ def _bootstrap(predictions, fold_scores, tasks, codes, metrics, reference, setti
     names = list(predictions)
     # Rows that no fold held out have no prediction of any model: the folds are the same.
     tested = ~np.isnan(predictions[names[0]]).any(axis=1)
-    tasks = Tasks(np.where(tested[:, None], tasks.labels, np.nan), tasks.names)
+    tasks = tasks._replace(labels=np.where(tested[:, None], tasks.labels, np.nan))
     probas = [np.nan_to_num(predictions[name]) for name in names]
     draws = bootstrap_draws(tasks, probas, codes, metrics, **settings)
     keys = [None] if tasks.names is None else list(tasks.names)

@@ -209,6 +209,7 @@ class ConformalByPattern(BaseEstimator):
             ``coverage_<class>`` for every class.
         """
         check_rows(len(X), y=y)
+        self._check_labels(y)
         sets, used, y = self.predict_set(X), self._used(X), np.asarray(y)
         hit = (sets & (y[:, None] == self.classes_)).any(axis=1).astype(float)
         codes = group_codes(groups, len(X), X)
@@ -244,12 +245,15 @@ class ConformalByPattern(BaseEstimator):
                 f"confidence_level={self.confidence_level}; {least} rows are the least that can "
                 "promise it, and several times as many give sets of a useful size."
             )
+        check_is_fitted(self.estimator)
+        self._check_labels(y)
+
+    def _check_labels(self, y):
         if np.ndim(y) != 1 or pd.isna(np.asarray(y, dtype=object)).any():
             raise ValueError(
                 "y must be one known class per row; leave rows with an unknown label out, and "
                 "calibrate one task at a time."
             )
-        check_is_fitted(self.estimator)
         known = np.asarray(self.estimator.classes_).tolist()
         unknown = sorted(set(np.asarray(y).tolist()) - set(known), key=str)
         if unknown:
@@ -262,6 +266,11 @@ class ConformalByPattern(BaseEstimator):
 
     def _proba(self, X):
         proba = np.asarray(self.estimator.predict_proba(X), dtype=float)
+        if proba.ndim != 2 or (np.abs(proba.sum(axis=1) - 1) > 1e-3).any():
+            raise ValueError(
+                "The estimator's probabilities do not add up to one in every row: it has several "
+                "tasks. Give one that predicts the classes of one outcome."
+            )
         # MAPIE asks that rows sum to one more exactly than float32 does.
         return proba / proba.sum(axis=1, keepdims=True)
 

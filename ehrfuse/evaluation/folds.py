@@ -101,7 +101,10 @@ def make_splits(y, cv, groups=None, seed=None):
             strata = np.nan_to_num(check_labels(y).labels[:, 0], nan=2.0)  # unknown: a class
     with warnings.catch_warnings():  # a splitter without eyes for groups is found out below
         warnings.filterwarnings("ignore", message="The groups parameter is ignored")
-        splits = list(cv.split(np.zeros(n_rows), strata, groups))
+        if hasattr(cv, "split"):
+            splits = list(cv.split(np.zeros(n_rows), strata, groups))
+        else:  # pairs of rows, as scikit-learn takes them
+            splits = [tuple(map(_row_numbers, pair)) for pair in cv]
     for train, test in splits if groups is not None else ():
         both = np.intersect1d(groups[train], groups[test])
         if len(both):
@@ -110,3 +113,8 @@ def make_splits(y, cv, groups=None, seed=None):
                 "fold; use a splitter that respects groups, such as GroupKFold(5), or an integer."
             )
     return splits
+
+
+def _row_numbers(rows):
+    rows = np.asarray(rows)
+    return np.flatnonzero(rows) if rows.dtype == bool else rows

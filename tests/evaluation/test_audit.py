@@ -13,7 +13,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostin
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.model_selection import KFold
+from sklearn.model_selection import KFold, PredefinedSplit
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -754,3 +754,26 @@ def test_no_data_set_column_or_outcome_term_stands_in_the_code():
                    if isinstance(n, ast.Constant) and isinstance(n.value, str)]  # fmt: skip
         hits = {w for w in words for text in strings if re.search(rf"\b{w}", text)}
         assert not hits, f"{path.name}: {hits}"
+
+
+def test_codes_that_are_numbers_and_names_that_are_no_columns():
+    rng = np.random.default_rng(0)
+    y = (rng.random(300) < 0.4).astype(int)
+    events = [
+        [{"time": -1.0, "code": int(c)} for c in rng.integers(100, 104, 2)]
+        + [{"time": -0.5, "code": 798}] * int(v)
+        for v in y
+    ]
+    report = audit_leakage(None, pd.DataFrame({"course": events}), y)
+    assert found(report, "terms") == "leak"
+    X = pd.DataFrame({"a": rng.normal(size=300), "told": y.astype(float)})
+    others = pd.Series(np.arange(300) // 2, name="told")
+    assert audit_leakage(None, X, y, groups=others).verdict == "leak"
+
+
+def test_unknown_outcomes_and_a_splitter_of_row_numbers():
+    X, y, _ = world(300)
+    holes = np.asarray(y, dtype=float)
+    holes[::7] = np.nan
+    cv = PredefinedSplit(np.arange(300) % 3)
+    assert audit_leakage(None, X, holes, cv=cv).verdict in ("pass", "warn")

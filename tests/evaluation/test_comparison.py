@@ -335,3 +335,16 @@ def test_progress_bar_is_there_when_asked_for(capsys):
     compare({"m": DummyClassifier()}, X, y, cv=3, verbose=0, **FEW)
     compare({"m": DummyClassifier()}, X, y, cv=3, **FEW)  # not a terminal
     assert capsys.readouterr() == ("", "")
+
+
+def test_folds_as_pairs_of_rows_and_a_fold_of_one_class():
+    X, y = case()
+    folds = list(KFold(3).split(X))
+    as_pairs = compare({"lr": LogisticRegression()}, X, y, cv=folds, **FEW).predictions
+    as_splitter = compare({"lr": LogisticRegression()}, X, y, cv=KFold(3), **FEW).predictions
+    pd.testing.assert_frame_equal(as_pairs, as_splitter)
+    words = np.array(["alive"] * 50 + ["dead"] * 50)
+    cv = [(np.arange(50), np.arange(50, 100)), (np.arange(50, 100), np.arange(50))]
+    prior = DummyClassifier(strategy="prior")
+    found = compare({"d": prior}, X[:100], words, cv=cv, metrics=["brier"], **FEW).predictions["d"]
+    assert found.iloc[[0, 99]].tolist() == [1.0, 0.0]  # each half has seen the other class only

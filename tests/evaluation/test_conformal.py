@@ -149,3 +149,22 @@ def test_refusals():
         ConformalByPattern(Fixed(), MODALITIES).conformalize(X, holes)
     with pytest.raises(ValueError, match="conformity_score='raps' is not known"):
         ConformalByPattern(Fixed(), MODALITIES, conformity_score="raps").conformalize(X, y)
+
+
+def test_coverage_asks_for_known_labels_and_one_outcome():
+    X, y = draw(200, 0)
+    conformal = ConformalByPattern(Fixed(), MODALITIES, confidence_level=0.8).conformalize(X, y)
+    holes = y.astype(object)
+    holes[::3] = None
+    for wrong in (holes, pd.DataFrame({"y": y})):
+        with pytest.raises(ValueError, match="one known class per row"):
+            conformal.coverage(X, wrong)
+    with pytest.raises(ValueError, match="has not seen"):
+        conformal.coverage(X, np.full(200, "moved"))
+
+    class TwoTasks(Fixed):
+        def predict_proba(self, X):
+            return np.full((len(X), 2), 0.3)
+
+    with pytest.raises(ValueError, match="several tasks"):
+        ConformalByPattern(TwoTasks(), MODALITIES, confidence_level=0.8).conformalize(X, y)

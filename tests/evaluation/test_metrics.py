@@ -169,6 +169,15 @@ def test_positive_class_is_the_estimators_second():
     assert score == 1.0
 
 
+def test_two_tasks_are_no_two_classes():
+    y, P = np.array([0, 1, 0, 1]), np.array([[0.1, 0.5], [0.9, 0.1], [0.2, 0.3], [0.3, 0.2]])
+    with pytest.raises(ValueError, match="two tasks or two models"):
+        bootstrap_scores(y, P, n_resamples=10)
+    halves = np.column_stack([1 - P[:, 0], P[:, 0]])
+    table = bootstrap_scores(y, halves, metrics=["auroc"], n_resamples=10, random_state=0)
+    assert table["estimate"].iloc[0] == 1.0
+
+
 def test_scorer_skips_single_class_tasks_with_a_warning():
     Y = pd.DataFrame({"death": [0.0, 1, 0, 1], "dialysis": [0.0, 0, np.nan, 0]})
     P = np.array([[0.1, 0.5], [0.9, 0.1], [0.2, 0.3], [0.3, 0.2]])
@@ -178,9 +187,9 @@ def test_scorer_skips_single_class_tasks_with_a_warning():
     with pytest.warns(UndefinedMetricWarning, match="the score is NaN"):
         assert np.isnan(masked_scorer("brier")(model, P, Y * 0))
     with pytest.warns(UndefinedMetricWarning, match="which y lacks here"):
-        assert np.isnan(masked_scorer("auroc")(model, P, np.zeros(4)))
+        assert np.isnan(masked_scorer("auroc")(model, P[:, 0], np.zeros(4)))
     with pytest.warns(UndefinedMetricWarning, match="NaN"):
-        assert np.isnan(masked_scorer("auroc")(model, P, np.full(4, np.nan)))
+        assert np.isnan(masked_scorer("auroc")(model, P[:, 0], np.full(4, np.nan)))
 
 
 @pytest.mark.parametrize(

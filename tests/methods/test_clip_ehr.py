@@ -13,6 +13,7 @@ from sklearn.model_selection import GridSearchCV
 from tiny_models import write_bert, write_longformer, write_modernbert
 
 from ehrfuse import ClipEHRAligner, TabNetClassifier, TabNetPretrainer, Tabular, Text
+from ehrfuse.methods import clip_ehr
 
 SMALL = {"n_d": 8, "n_a": 8, "max_epochs": 2, "random_state": 0}
 ALIGNER = {"embed_dim": 8, "n_topics": 8, "batch_size": 64} | SMALL
@@ -290,6 +291,24 @@ def test_every_phase_reads_training_patients_alone(data, monkeypatch):
     assert batches == [int(train_rows.sum())] * 3
     assert frames
     assert all(patients <= set(range(40)) for patients in frames)
+
+
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_the_contrast_is_told_whose_rows_they_are(data, monkeypatch, loss):
+    X, _ = data
+    told = []
+    inner = getattr(clip_ehr, f"{loss}_loss")
+
+    def spied(*args):
+        told.append(next(a for a in args[3:] if a is None or a.dtype == torch.int64))
+        return inner(*args)
+
+    monkeypatch.setattr(clip_ehr, f"{loss}_loss", spied)
+    options = ALIGNER | {"max_epochs": 1, "loss": loss, "batch_size": 200}
+    ClipEHRAligner(MODALITIES, groups="patient", **options).fit(X)
+    ids, counts = torch.unique(told[0], return_counts=True)
+    assert len(ids) == 60
+    assert (counts == 2).all()  # two rows of every patient
 
 
 # ---------------------------------------------------------------- rows without a side

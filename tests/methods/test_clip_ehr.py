@@ -294,7 +294,7 @@ def test_every_phase_reads_training_patients_alone(data, monkeypatch):
 
 
 @pytest.mark.parametrize("loss", ["clip", "siglip"])
-def test_the_contrast_is_told_whose_rows_they_are(data, monkeypatch, loss):
+def test_the_contrast_knows_the_patient_of_every_row(data, monkeypatch, loss):
     X, _ = data
     told = []
     inner = getattr(clip_ehr, f"{loss}_loss")

@@ -4,7 +4,6 @@ A method subclasses `TorchClassifier`, `TorchRegressor` or `TorchEncoder` and su
 parameters and `_make_core(modalities, target)`; nothing else is required.
 """
 
-import inspect
 import os
 import warnings
 from importlib.metadata import version
@@ -26,27 +25,25 @@ from sklearn.utils import check_random_state, check_scalar
 from sklearn.utils.validation import (
     check_consistent_length,
     check_is_fitted,
-    validate_data,
 )
-from torch import nn
 
 from ehrfuse._checkpoint import open_checkpoint
 from ehrfuse._data import Data
 from ehrfuse._distributed import join
+from ehrfuse._frames import Frames, dropped
 from ehrfuse._handover import Handover
-from ehrfuse._patterns import modality_columns
 from ehrfuse._progress import ProgressMixin, with_progress
 from ehrfuse._runtime import default_device, resolve_device, seeded, world
 from ehrfuse._targets import ValueTarget, by_name, classification_target
 from ehrfuse._train import evaluate, predict, train
-from ehrfuse.modalities import Modality, Tabular
+from ehrfuse.modalities import Modality
 
 __all__ = ["TorchClassifier", "TorchEncoder", "TorchEstimator", "TorchRegressor"]
 
 MIN_VALIDATION = 5  # rows; fewer say nothing about when to stop
 
 
-class TorchEstimator(ProgressMixin, Handover, BaseEstimator):
+class TorchEstimator(ProgressMixin, Handover, Frames, BaseEstimator):
     """Template of every estimator with a torch core.
 
     Parameters
@@ -176,7 +173,7 @@ class TorchEstimator(ProgressMixin, Handover, BaseEstimator):
         if entries:
             self.modalities = self.modalities | entries  # a new dict; the caller's stays as it is
         for name in params:
-            if _dropped(self._named().get(name.partition("__")[0])):
+            if dropped(self._named().get(name.partition("__")[0])):
                 raise ValueError(
                     f"{name!r} cannot be set while that modality is 'drop'; in a search, give a "
                     "list of two grids, one for 'drop' and one with its parameters."
@@ -286,135 +283,6 @@ class TorchEstimator(ProgressMixin, Handover, BaseEstimator):
         self.n_iter_, self.module_ = len(self.history_), core
         self._snapshot()
         return self
-
-    def _frame(self, X, y="no_validation", *, reset):
-        """X as a frame of this estimator's columns, checked as scikit-learn does."""
-        if isinstance(X, pd.DataFrame):
-            _refuse_bad_frame(X)
-            if self.modalities is not None:
-                X = self._own_columns(X, reset)
-            elif not reset and self.groups is not None and self.groups not in X.columns:
-                names = [c for c in self.feature_names_in_ if c in X.columns or c == self.groups]
-                X = X.reindex(columns=names)  # the patient is not needed at predict
-            # Object cells must survive, so names are checked and cells are not.
-            validate_data(self, X, y, reset=reset, skip_check_array=True)
-            return X
-        if self.modalities is not None:
-            raise ValueError(
-                f"X is {type(X).__name__}; with declared modalities it must be a pandas DataFrame "
-                "that holds their columns."
-            )
-        if y is None:  # raises the usual message where y is required
-            validate_data(self, X, y, reset=reset, skip_check_array=True)
-        X = validate_data(self, X, reset=reset, ensure_all_finite="allow-nan")
-        names = [f"x{j}" for j in range(X.shape[1])]
-        if not reset:  # an array after a frame: by position, as scikit-learn takes it
-            names = list(getattr(self, "feature_names_in_", names))
-        return pd.DataFrame(X, columns=names)
-
-    def _own_columns(self, X, reset):
-        """Cut X to the columns of the declared modalities, plus the groups column in fit."""
-        if reset:
-            kept = [m for m in self._named().values() if isinstance(m, Modality)]
-            own = [c for m in kept for c in modality_columns(m, X)]
-            own += [] if self.groups is None else [self.groups]
-            known = own and set(own) <= set(X.columns)  # else the modality itself will complain
-            self.fit_only_columns_ = self._fit_only_columns(X) if known else []
-            return X[list(dict.fromkeys(own))] if known else X
-        check_is_fitted(self)
-        own = list(self.feature_names_in_)
-        lost = [c for c in own if c not in X.columns]
-        needed = [c for c in lost if c not in self.fit_only_columns_]
-        if needed:
-            raise ValueError(
-                f"X lacks columns that fit has read: {needed}; add them, with nulls where nothing "
-                "is known."
-            )
-        return X.reindex(columns=own) if lost else X[own]
-
-    def _fit_only_columns(self, X):
-        """Columns that predict does without, filled with nulls where they lack.
-
-        The patient, and what no modality reads that this estimator needs at predict.
-        """
-        needed, others = set(), [] if self.groups is None else [self.groups]
-        for modality in self._named().values():
-            if isinstance(modality, Modality):
-                skip = not isinstance(modality, self._accepts) or isinstance(
-                    modality, self._fit_only
-                )
-                columns = modality_columns(modality, X)
-                others += columns if skip else []
-                needed |= set() if skip else set(columns)
-        return [c for c in dict.fromkeys(others) if c not in needed]
-
-    def _declared(self, X):
-        """The modalities of this fit, by name; says what is wrong in the user's words."""
-        if self.groups is not None and self.groups not in X.columns:
-            raise ValueError(f"groups={self.groups!r} is no column of X; it must name one.")
-        if self.groups is not None and X[self.groups].isna().any():
-            raise ValueError(
-                f"Column {self.groups!r} (groups) has {int(X[self.groups].isna().sum())} nulls; "
-                "every row needs its patient, or rows of one patient could be split."
-            )
-        self.ignored_modalities_ = []
-        if self.modalities is None:
-            return {"table": Tabular(self._undeclared_columns(X))}
-        if not isinstance(self.modalities, dict):
-            raise ValueError(
-                f"modalities is {type(self.modalities).__name__}; it must be a dict such as "
-                "{'vitals': Tabular(['age'])}, or None."
-            )
-        declared = {n: m for n, m in self.modalities.items() if not _dropped(m)}
-        self._check_names(declared)
-        self.ignored_modalities_ = [
-            n for n, m in declared.items() if not isinstance(m, self._accepts)
-        ]
-        kept = {n: m for n, m in declared.items() if n not in self.ignored_modalities_}
-        if not kept:
-            kinds = " or ".join(kind.__name__ for kind in self._accepts)
-            got = {n: type(m).__name__ for n, m in declared.items()}
-            raise ValueError(
-                f"{type(self).__name__} reads {kinds}; the modalities are {got or 'all dropped'}. "
-                "Keep or declare at least one that it can read."
-            )
-        for name, modality in kept.items():
-            if self.groups is not None and self.groups in modality_columns(modality, X):
-                raise ValueError(
-                    f"Column {self.groups!r} names the patient (groups) and cannot be a feature of "
-                    f"modality {name!r}; take it out of its columns."
-                )
-        return kept
-
-    def _check_names(self, declared):
-        taken = {*inspect.signature(type(self).__init__).parameters, *dir(nn.ModuleDict)}
-        for name, modality in declared.items():
-            if (
-                not isinstance(name, str)
-                or not name.isidentifier()
-                or "__" in name
-                or name in taken
-            ):
-                raise ValueError(
-                    f"{name!r} cannot name a modality: a name is an identifier without '__' that "
-                    "is no parameter of the estimator; choose another word."
-                )
-            if not isinstance(modality, Modality):
-                raise ValueError(
-                    f"Modality {name!r} is {modality!r}; it must be an object such as "
-                    f"Tabular([...]) or Text('...'), or 'drop'."
-                )
-
-    def _undeclared_columns(self, X):
-        columns = [c for c in X.columns if c != self.groups]
-        for c in columns:
-            kind = X[c].dtype
-            if not (pd.api.types.is_numeric_dtype(kind) or isinstance(kind, pd.CategoricalDtype)):
-                raise ValueError(
-                    f"Column {c!r} has dtype {kind}; declare what it is, "
-                    f"e.g. modalities={{{str(c)!r}: Text({str(c)!r})}}."
-                )
-        return columns
 
     def _labels(self, X, y, sample_weight, *, reset):
         """Encoded y and row weights: the one place where both are checked."""
@@ -554,32 +422,32 @@ def _warn_other_version(stamped):
         )
 
 
-def _dropped(modality):
-    return isinstance(modality, str) and modality == "drop"
-
-
 def _rows_of(y, kept):
     return y[kept] if hasattr(y, "iloc") else np.asarray(y)[kept]
 
 
-def _refuse_bad_frame(X):
-    twice = list(X.columns[X.columns.duplicated()])
-    if twice:
-        raise ValueError(f"X has columns of the same name: {twice[:5]}; every name must be unique.")
-    odd = [c for c in X.columns if not isinstance(c, str)]
-    if odd and len(odd) < X.shape[1]:
-        raise ValueError(
-            f"Column names of X must be strings, got {odd[0]!r}; X.columns = X.columns.astype(str) "
-            "makes them so."
-        )
-    if not len(X):
-        raise ValueError(
-            f"Found array with 0 sample(s) (shape={X.shape}) while a minimum of 1 is required: "
-            "X has no row."
-        )
+class ScoresByName:
+    """Outcomes of a frame are matched by name in `score`, as in `fit`."""
+
+    def score(self, X, y, sample_weight=None):
+        """Accuracy of a classifier, coefficient of determination of a regressor.
+
+        Parameters
+        ----------
+        X : DataFrame of shape (n_samples, n_columns), or array if `modalities` is None
+        y : as in `fit`
+            Outcomes of a frame are matched by name.
+        sample_weight : array of shape (n_samples,), optional
+
+        Returns
+        -------
+        score : float
+        """
+        check_is_fitted(self)
+        return super().score(X, by_name(y, self.target_.task_names), sample_weight)
 
 
-class TorchClassifier(ClassifierMixin, TorchEstimator):
+class TorchClassifier(ScoresByName, ClassifierMixin, TorchEstimator):
     """Face of a classifier: one outcome of two or more classes, or several yes-or-no outcomes."""
 
     @with_progress
@@ -638,22 +506,6 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
         check_is_fitted(self)
         return self.target_.decide(self.predict_proba(X))
 
-    def score(self, X, y, sample_weight=None):
-        """Accuracy; outcomes of a frame are matched by name.
-
-        Parameters
-        ----------
-        X : DataFrame of shape (n_samples, n_columns), or array if `modalities` is None
-        y : as in `fit`
-        sample_weight : array of shape (n_samples,), optional
-
-        Returns
-        -------
-        score : float
-        """
-        check_is_fitted(self)
-        return super().score(X, by_name(y, self.target_.task_names), sample_weight)
-
     def __sklearn_tags__(self):
         """Tags: several yes-or-no outcomes are welcome."""
         tags = super().__sklearn_tags__()
@@ -661,7 +513,7 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
         return tags
 
 
-class TorchRegressor(RegressorMixin, TorchEstimator):
+class TorchRegressor(ScoresByName, RegressorMixin, TorchEstimator):
     """Face of a regressor: one or several real numbers."""
 
     @with_progress
@@ -699,22 +551,6 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
         """
         check_is_fitted(self)
         return self.target_.values(self._predict(X))
-
-    def score(self, X, y, sample_weight=None):
-        """Coefficient of determination; outcomes of a frame are matched by name.
-
-        Parameters
-        ----------
-        X : DataFrame of shape (n_samples, n_columns), or array if `modalities` is None
-        y : as in `fit`
-        sample_weight : array of shape (n_samples,), optional
-
-        Returns
-        -------
-        score : float
-        """
-        check_is_fitted(self)
-        return super().score(X, by_name(y, self.target_.task_names), sample_weight)
 
 
 class TorchEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstimator):

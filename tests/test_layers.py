@@ -54,9 +54,11 @@ LAYERS = {
         {"_data", "_hub", "_hub_causal", "_patterns", "_runtime", "nn"},
         {"numpy", "pandas", "pyarrow", "sklearn", "scipy", "torch", "PIL"},
     ),
+    "_frames": ({"_patterns", "modalities"}, {"pandas", "sklearn", "torch"}),
     "_handover": ({"_patterns"}, {"sklearn"}),
     "base": (
         {
+            "_frames",
             "_checkpoint",
             "_data",
             "_distributed",

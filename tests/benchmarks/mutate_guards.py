@@ -105,6 +105,13 @@ GUARDS = (
         "self._infer(self.module_, data))", "tests/methods/test_medfuse.py", "threshold",
     ),
     Guard(
+        "linear path: log-odds of training rows out of fold",
+        "ehrfuse/methods/_linear_path.py",
+        "_solve(features[inside], y[inside], weight[inside], target)",
+        "_solve(features, y, weight, target)",
+        "tests/methods/test_medfuse.py", "linear",
+    ),
+    Guard(
         "cohorts: what is stored later does not count",
         "ehrfuse/datasets/_cohort.py", " AND e.known <= k.landmark", "",
         "tests/datasets/test_time_travel.py", "mimic",

@@ -109,7 +109,7 @@ GUARDS = (
         "ehrfuse/methods/_linear_path.py",
         "_solve(features[inside], y[inside], weight[inside], target)",
         "_solve(features, y, weight, target)",
-        "tests/methods/test_medfuse.py", "linear",
+        "tests/methods/test_medfuse.py", "never_saw",
     ),
     Guard(
         "cohorts: what is stored later does not count",

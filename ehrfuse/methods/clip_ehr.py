@@ -159,7 +159,7 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
         See `TabNetClassifier`. None inherits the classifier's, or is its default.
     pretrained : estimator or None, default=None
         A `TabNetPretrainer` for the masked phase before this one.
-    max_epochs : int, default=10
+    max_epochs : int, default=20
     batch_size : int or "auto", default="auto"
         Every other note of a batch is a wrong answer. Notes are read once and the loss never holds
         all pairs, so that thousands are cheap.
@@ -247,7 +247,7 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
         cat_emb_dim=None,
         pretrained=None,
         freeze=(),
-        max_epochs=10,
+        max_epochs=20,
         batch_size="auto",
         lr=2e-2,
         weight_decay=1e-4,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ehrfuse._hub import (
     TOKENS_PER_BATCH,
@@ -24,6 +24,11 @@ from ehrfuse._runtime import resolve_device, seeded
 def copy_causal(info: ModelInfo) -> nn.Module:
     """Copy a pretrained causal language model, on the CPU and trainable."""
     return copy.deepcopy(_causal_model(info, "cpu")).requires_grad_(True)
+
+
+def open_causal(info: ModelInfo, device: "str | torch.device | None" = None) -> nn.Module:
+    """Open the one copy of a causal language model in this process, to be read and not changed."""
+    return _causal_model(info, str(resolve_device(device)))
 
 
 def build_causal(config: str) -> nn.Module:
@@ -49,7 +54,7 @@ def _causal_model(info: ModelInfo, device: str) -> nn.Module:
             raise ValueError(
                 "it has no weights for a language model's head, so it cannot write text"
             )
-    return model.eval().to(device)
+    return model.eval().requires_grad_(False).to(device)
 
 
 def cut_prompt(ids: Sequence[int], room: int) -> list[int]:
@@ -69,7 +74,7 @@ def continue_texts(
 ) -> list[str]:
     """What a causal model writes after every text, without sampling."""
     tokenizer, frame = _tokenizer(info)
-    model = _causal_model(info, str(resolve_device(device)))
+    model = open_causal(info, device)
     room = longest_chunk(info, 1 << 20) - max_new_tokens - len(frame.prefix)
     if room < 1:
         raise ValueError(
@@ -109,4 +114,24 @@ def continue_ids(
         words = tokenizer.batch_decode(found[:, longest:].cpu(), skip_special_tokens=True)
         for i, text in zip(some, words, strict=True):
             said[i] = text
+    return said
+
+
+@torch.inference_mode()
+def continue_vectors(
+    model: Any, vectors: Tensor, tokenizer: Any, pad: int, max_new_tokens: int
+) -> list[str]:
+    """What a causal model writes after vectors (n, t, d) in the place of tokens, without sampling.
+
+    All rows are equally long, so that none is padded and none depends on its neighbours.
+    """
+    said = []
+    with _quiet():
+        for some in vectors.split(max(1, TOKENS_PER_BATCH // (vectors.shape[1] + max_new_tokens))):
+            found = model.generate(
+                inputs_embeds=some, attention_mask=torch.ones(some.shape[:2], device=some.device),
+                do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, pad_token_id=pad,
+                eos_token_id=tokenizer.eos_token_id,
+            )  # fmt: skip
+            said += tokenizer.batch_decode(found.cpu(), skip_special_tokens=True)
     return said

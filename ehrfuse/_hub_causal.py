@@ -117,7 +117,7 @@ def continue_ids(
     return said
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what the model remembers of its positions serves a fit too
 def continue_vectors(
     model: Any, vectors: Tensor, tokenizer: Any, pad: int, max_new_tokens: int
 ) -> list[str]:

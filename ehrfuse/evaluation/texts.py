@@ -60,7 +60,9 @@ def text_scores(references, predictions):
     rouge = import_optional("rouge_score.rouge_scorer", "textscores")
     check_consistent_length(references, predictions)
     written, made = (_texts(x) for x in (references, predictions))
-    known = [(r, "" if p is None else p) for r, p in zip(written, made, strict=True) if r is not None]
+    known = [
+        (r, "" if p is None else p) for r, p in zip(written, made, strict=True) if r is not None
+    ]
     if not known:
         raise ValueError("references holds no text; give rows of which the written text is known.")
     written, made = map(list, zip(*known, strict=True))

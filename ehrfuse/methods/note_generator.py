@@ -31,6 +31,7 @@ from ehrfuse.nn.core import Core
 
 __all__ = ["NoteGenerator"]
 
+LONG = 1 << 20  # tokens; more than any model reads
 HIDDEN = 128  # NOTE[DIFF] ClipCap: half of the prefix's numbers, millions of weights for a cohort
 
 
@@ -75,7 +76,7 @@ class PrefixCore(Core):
             logits_to_keep=ids.shape[1] + 1, use_cache=False,
         ).logits  # fmt: skip
         each = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids, reduction="none")
-        return {"token": ((each * here).sum(1) / here.sum(1)).mean()}
+        return {"token": ((each * here).sum(1) / here.sum(1).clamp(min=1)).mean()}
 
 
 class NoteGenerator(ProgressMixin, BaseEstimator):
@@ -219,8 +220,7 @@ class NoteGenerator(ProgressMixin, BaseEstimator):
         self.fingerprint_, self.commit_ = info.fingerprint, info.revision
         self._check_room(info, max(self.max_note_tokens, self.max_new_tokens))
         self.note_ = self._note_column(X)
-        _, written = _notes(X, self.note_)
-        _refuse_none(written, self.note_)
+        _refuse_none(_notes(X, self.note_)[1], self.note_)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         self.aligner_ = self._fit_aligner(X, seed)
         data = self._pairs(X, info)
@@ -240,8 +240,7 @@ class NoteGenerator(ProgressMixin, BaseEstimator):
         return self
 
     def _check_room(self, info, n_tokens):
-        start = len(_hub.open_tokenizer(info, 1 << 4)[1].prefix)
-        room = _hub.longest_chunk(info, 1 << 30) - start - self.n_prefix
+        room = _hub.longest_chunk(info, LONG) - len(_open(info)[1].prefix) - self.n_prefix
         if n_tokens > room:
             raise ValueError(
                 f"n_prefix={self.n_prefix} leaves room for {max(room, 0)} tokens in model "
@@ -257,10 +256,8 @@ class NoteGenerator(ProgressMixin, BaseEstimator):
                     "The aligner declares no Text, so there is no note to learn; add one to its "
                     "modalities, or name the column in note=."
                 )
-        column = modality_columns(texts[0], X)[0] if self.note is None else self.note
-        if column not in X.columns:
-            raise ValueError(f"X has no column {column!r} of notes; fit and score need it.")
-        return column
+            return modality_columns(texts[0], X)[0]
+        return self.note
 
     def _fit_aligner(self, X, seed):
         aligner = clone(self.aligner)  # a FrozenEstimator comes back as it is, fitted
@@ -279,8 +276,8 @@ class NoteGenerator(ProgressMixin, BaseEstimator):
         x, here = self._records(X)
         notes, written = _notes(X, self.note_)
         rows = np.flatnonzero(here & written)
-        _refuse_none(rows, self.note_)
-        tokenizer = _hub.open_tokenizer(info, 1 << 4)[0]
+        _refuse_none(here & written, self.note_)
+        tokenizer = _open(info)[0]
         ids = tokenizer(
             [notes[row] for row in rows], add_special_tokens=False, verbose=False
         )["input_ids"]  # fmt: skip
@@ -294,8 +291,8 @@ class NoteGenerator(ProgressMixin, BaseEstimator):
         return Data(blocks, np.arange(len(rows)))
 
     def _make_core(self, info, width, n_prefix):
-        start = _hub.open_tokenizer(info, 1 << 4)[1].prefix
-        return PrefixCore(_hub_causal.open_causal(info, self.device), start, width, n_prefix)
+        model = _hub_causal.open_causal(info, self.device)
+        return PrefixCore(model, _open(info)[1].prefix, width, n_prefix)
 
     # ------------------------------------------------------------ write
 
@@ -324,12 +321,12 @@ class NoteGenerator(ProgressMixin, BaseEstimator):
         """
         info, core = self._reopen()
         self._check_room(info, self.max_new_tokens)
-        tokenizer, frame = _hub.open_tokenizer(info, 1 << 4)
+        tokenizer, frame = _open(info)
         x, here = self._records(X)
         said = np.full(len(X), None, dtype=object)
         block = Block(here, {"x": x})
         batch = Data({"record": block}, np.flatnonzero(here)).batch(np.arange(here.sum()))
-        with torch.inference_mode():
+        with torch.no_grad():
             vectors = core(batch.to(resolve_device(self.device)))
         said[here] = _hub_causal.continue_vectors(
             core.outside[0], vectors, tokenizer, frame.pad, self.max_new_tokens
@@ -359,23 +356,28 @@ class NoteGenerator(ProgressMixin, BaseEstimator):
         return -evaluate(core, data, self.batch_size, 0, device)["val_loss"]
 
 
+def _open(info):
+    """Tokenizer and frame of a model, whatever its length."""
+    return _hub.open_tokenizer(info, _hub.longest_chunk(info, LONG))
+
+
 def _notes(X, column):
     """Cells of a column of notes, and which of them say anything."""
-    if column not in X.columns:
-        raise ValueError(f"X has no column {column!r} of notes; fit and score need it.")
-    cells, known = X[column].to_numpy(dtype=object), X[column].notna().to_numpy(dtype=bool)
+    if not isinstance(X, pd.DataFrame) or column not in X.columns:
+        raise ValueError(f"X must be a DataFrame with the notes in a column {column!r}.")
+    cells, known = X[column].to_numpy(dtype=object), X[column].notna().to_numpy(bool, copy=True)
     for row in np.flatnonzero(known):
         if not isinstance(cells[row], str):
             raise ValueError(
                 f"Column {column!r} needs text (str) or null; row {row} holds "
                 f"{describe(cells[row])}. Convert the cell to str."
             )
-    written = [bool(k) and bool(cell.strip()) for cell, k in zip(cells, known, strict=True)]
-    return cells, np.array(written, dtype=bool)
+        known[row] = bool(cells[row].strip())
+    return cells, known
 
 
 def _refuse_none(found, column):
-    if not np.any(found) and (found.dtype == bool or not len(found)):
+    if not found.any():
         raise ValueError(
             f"No row has both a record and a note in column {column!r}; give rows with both."
         )

@@ -264,7 +264,7 @@ class NoteGenerator(ProgressMixin, BaseEstimator):
         if isinstance(aligner, ClipEHRAligner):
             own = {"random_state": seed, "device": self.device}
             aligner.set_params(**{k: v for k, v in own.items() if getattr(aligner, k) is None})
-        return aligner.fit(X)
+        return aligner.fit(X, None)
 
     def _records(self, X):
         """Places of the records (n, j), and which rows have one."""
@@ -324,13 +324,13 @@ class NoteGenerator(ProgressMixin, BaseEstimator):
         tokenizer, frame = _open(info)
         x, here = self._records(X)
         said = np.full(len(X), None, dtype=object)
-        block = Block(here, {"x": x})
-        batch = Data({"record": block}, np.flatnonzero(here)).batch(np.arange(here.sum()))
-        with torch.no_grad():
-            vectors = core(batch.to(resolve_device(self.device)))
-        said[here] = _hub_causal.continue_vectors(
-            core.outside[0], vectors, tokenizer, frame.pad, self.max_new_tokens
-        )
+        if here.any():
+            records = Data({"record": Block(here, {"x": x})}, np.flatnonzero(here))
+            with torch.no_grad():
+                vectors = core(records.batch(np.arange(len(records))).to(core.center.device))
+            said[here] = _hub_causal.continue_vectors(
+                core.outside[0], vectors, tokenizer, frame.pad, self.max_new_tokens
+            )
         return pd.Series(said, index=X.index, name=self.note_, dtype=object)
 
     def score(self, X, y=None):

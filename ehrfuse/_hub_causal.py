@@ -117,21 +117,67 @@ def continue_ids(
     return said
 
 
+# ---------------------------------------------------------------- after a prefix of vectors
+
+
+def room_after(info: ModelInfo, n_vectors: int) -> int:
+    """Tokens that a model can read behind so many vectors."""
+    return longest_chunk(info, 1 << 20) - len(_tokenizer(info)[1].prefix) - n_vectors
+
+
+def note_ids(info: ModelInfo, texts: Sequence[str], max_length: int) -> list[list[int]]:
+    """Token numbers of texts to be written; one that is cut has no end."""
+    tokenizer, _ = _tokenizer(info)
+    ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [[*note, *end][:max_length] for note in ids]
+
+
+def token_losses(info: ModelInfo, vectors: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Loss (b, t) of every token behind vectors (b, k, d), zero where padded on the right."""
+    model: Any = open_causal(info, vectors.device)
+    before = _with_start(model, info, vectors)
+    here = torch.ones(before.shape[:2], dtype=torch.bool, device=mask.device)
+    logits = model(
+        inputs_embeds=torch.cat([before, model.get_input_embeddings()(ids)], 1),
+        attention_mask=torch.cat([here, mask], 1).long(),
+        logits_to_keep=ids.shape[1] + 1, use_cache=False,
+    ).logits  # fmt: skip
+    each = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids, reduction="none")
+    return torch.where(mask, each, 0.0)
+
+
 @torch.no_grad()  # not inference_mode: what the model remembers of its positions serves a fit too
 def continue_vectors(
-    model: Any, vectors: Tensor, tokenizer: Any, pad: int, max_new_tokens: int
+    vectors: np.ndarray,
+    info: ModelInfo,
+    *,
+    max_new_tokens: int,
+    device: "str | torch.device | None" = None,
 ) -> list[str]:
-    """What a causal model writes after vectors (n, t, d) in the place of tokens, without sampling.
+    """What a causal model writes after vectors (n, k, d) in the place of tokens, without sampling.
 
     All rows are equally long, so that none is padded and none depends on its neighbours.
     """
+    model: Any = open_causal(info, device)
+    tokenizer, frame = _tokenizer(info)
+    size = max(1, TOKENS_PER_BATCH // (vectors.shape[1] + max_new_tokens))
     said = []
-    with _quiet():
-        for some in vectors.split(max(1, TOKENS_PER_BATCH // (vectors.shape[1] + max_new_tokens))):
+    for start in range(0, len(vectors), size):
+        some = torch.from_numpy(vectors[start : start + size].astype("float32")).to(model.device)
+        some = _with_start(model, info, some)
+        with _quiet():
             found = model.generate(
                 inputs_embeds=some, attention_mask=torch.ones(some.shape[:2], device=some.device),
-                do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, pad_token_id=pad,
-                eos_token_id=tokenizer.eos_token_id,
+                do_sample=False, num_beams=1, max_new_tokens=max_new_tokens,
+                pad_token_id=frame.pad, eos_token_id=tokenizer.eos_token_id,
             )  # fmt: skip
-            said += tokenizer.batch_decode(found.cpu(), skip_special_tokens=True)
+        said += tokenizer.batch_decode(found.cpu(), skip_special_tokens=True)
     return said
+
+
+def _with_start(model: Any, info: ModelInfo, vectors: Tensor) -> Tensor:
+    """The same behind what the tokenizer puts at the start of every text."""
+    prefix = torch.tensor(_tokenizer(info)[1].prefix, dtype=torch.long, device=vectors.device)
+    start = model.get_input_embeddings()(prefix).to(vectors.dtype)
+    return torch.cat([start.expand(len(vectors), *start.shape), vectors], 1)

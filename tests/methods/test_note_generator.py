@@ -1,6 +1,7 @@
 """Texts from records by a prefix before a frozen language model."""
 
 import pickle
+import shutil
 import sys
 
 import numpy as np
@@ -8,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
@@ -102,7 +104,7 @@ def test_a_text_fits_its_own_record(generator, rows):
 
 
 def test_notes_of_others_teach_nothing(folder, rows, frozen, generator):
-    """The control: taught with the notes of other rows, it writes what fits no better than chance."""
+    """The control: taught with notes of other rows, it writes what fits no better than chance."""
     X = rows[0].assign(note=rows[0]["note"].sample(frac=1, random_state=3).to_numpy())
     control = make(folder).set_params(aligner=frozen).fit(X)
     own, others = (text_scores(rows[1]["note"], g.generate(rows[1])) for g in (generator, control))
@@ -157,10 +159,19 @@ def test_a_row_without_a_record_gets_none(generator, rows):
 
 def test_the_same_seed_gives_the_same_weights(folder, rows, generator):
     again = make(folder).fit(rows[0])
-    for name, weights in generator.weights_.items():
-        np.testing.assert_array_equal(again.weights_[name], weights)
+    assert_same_weights(again, generator)
     other = make(folder, random_state=1).fit(rows[0])
-    assert not np.array_equal(other.weights_["heads.0.weight"], again.weights_["heads.0.weight"])
+    assert not torch.equal(weights_of(other)["heads.weight"], weights_of(again)["heads.weight"])
+
+
+def weights_of(generator):
+    return generator.writer_.module_.state_dict()
+
+
+def assert_same_weights(one, other):
+    assert one.history_ == other.history_
+    for name, weights in weights_of(one).items():
+        torch.testing.assert_close(weights_of(other)[name], weights, rtol=0, atol=0)
 
 
 def test_rows_without_a_side_teach_nothing(folder, rows, frozen):
@@ -171,14 +182,14 @@ def test_rows_without_a_side_teach_nothing(folder, rows, frozen):
     a = clone(few).fit(X)
     b = clone(few).fit(pd.concat([X, without_note, without_record]))
     assert a.n_rows_ == b.n_rows_ == 40
-    for name, weights in a.weights_.items():
-        np.testing.assert_array_equal(b.weights_[name], weights)
+    assert_same_weights(a, b)
 
 
 def test_the_scale_is_that_of_the_training_rows(generator, rows):
     x = generator.aligner_.transform(rows[0])
-    np.testing.assert_allclose(generator.weights_["center"], x.mean(0), atol=1e-6)
-    np.testing.assert_allclose(generator.weights_["scale"], x.std(0), atol=1e-6)
+    center, scale = generator.writer_.modalities_["record"].scale_
+    np.testing.assert_allclose(center, x.mean(0), atol=1e-6)
+    np.testing.assert_allclose(scale, np.maximum(x.std(0), 0.1 * np.sqrt(x.var(0).mean())), 1e-4)
     before = pickle.dumps(generator)
     generator.score(rows[1])
     generator.generate(rows[1])
@@ -193,7 +204,7 @@ def test_the_language_model_stays_as_it_is(generator, folder):
     assert not any(p.requires_grad or p.grad is not None for p in used.parameters())
     for name, tensor in used.state_dict().items():
         torch.testing.assert_close(tensor, fresh[name], rtol=0, atol=0)
-    assert all(name.startswith(("heads", "center", "scale")) for name in generator.weights_)
+    assert all(name.startswith(("heads", "encoders.record")) for name in weights_of(generator))
     trainable = _hub_causal.copy_causal(ehrfuse._hub.inspect_model(folder))
     assert all(p.requires_grad for p in trainable.parameters())
 
@@ -229,6 +240,8 @@ def test_saved_and_pickled(generator, folder, rows, tmp_path):
         pd.testing.assert_series_equal(again.generate(X), generator.generate(X))
         assert again.score(X) == generator.score(X)
         assert again.get_params()["n_prefix"] == 3
+        ehrfuse.save(again, tmp_path / "again.zip")
+        assert (tmp_path / "again.zip").read_bytes() == (tmp_path / "m.zip").read_bytes()
 
 
 def test_the_language_model_is_not_stored(generator, folder, tmp_path):
@@ -236,7 +249,7 @@ def test_the_language_model_is_not_stored(generator, folder, tmp_path):
     raws = [(tmp_path / "folder" / "model.safetensors").read_bytes(), pickle.dumps(generator)]
     model = _hub_causal.open_causal(ehrfuse._hub.inspect_model(folder), "cpu")
     for raw in raws:
-        assert generator.weights_["heads.0.weight"].tobytes() in raw
+        assert weights_of(generator)["heads.weight"].numpy().tobytes() in raw
         for tensor in model.state_dict().values():
             row = tensor.flatten()[:16].numpy().tobytes()
             assert row not in raw
@@ -257,10 +270,12 @@ def test_no_text_of_a_note_is_kept(folder, rows, tmp_path):
                 assert part.encode() not in raw.lower(), part
 
 
-def test_another_model_in_the_folder(generator, rows, tmp_path, folder):
-    other = write_llama(tmp_path / "other", hidden=32, seed=5)
+def test_another_model_in_the_folder(rows, frozen, folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    found = make(str(copy), max_epochs=1).set_params(aligner=frozen).fit(rows[0].head(20))
+    write_llama(copy, hidden=32, seed=5)
     with pytest.raises(ValueError, match="holds other files than in fit"):
-        clone_with_weights(generator, model=other).generate(rows[1])
+        found.generate(rows[1])
 
 
 @pytest.mark.filterwarnings("ignore:No training row has both a table and a note")
@@ -279,6 +294,8 @@ def test_refusals(folder, rows, frozen, generator):
         clone(good).fit(X[COLUMNS])
     with pytest.raises(ValueError, match=r"row 3 holds .*int.* Convert"):
         clone(good).fit(X.assign(note=["fever", None, "cough", 7] * 5))
+    with pytest.raises(NotFittedError):
+        good.generate(X)
     with pytest.raises(ValueError, match="must be a ClipEHRAligner"):
         make(folder).set_params(aligner=LogisticRegression()).fit(X)
     with pytest.raises(ValueError, match="declares no Text"):
@@ -287,6 +304,8 @@ def test_refusals(folder, rows, frozen, generator):
         clone(good).set_params(max_new_tokens=254).fit(X)
     with pytest.raises(ValueError, match="n_prefix == 0"):
         clone(good).set_params(n_prefix=0).fit(X)
+    with pytest.raises(ValueError, match="max_epochs == 0"):
+        make(folder, max_epochs=0).fit(nothing)  # said before anything is fitted
     with pytest.raises(ValueError, match="is no folder on this machine"):
         make("./nowhere").fit(X)
     with pytest.raises(ValueError, match="X lacks columns that fit has read"):

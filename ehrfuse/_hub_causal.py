@@ -28,7 +28,8 @@ def copy_causal(info: ModelInfo) -> nn.Module:
 
 def open_causal(info: ModelInfo, device: "str | torch.device | None" = None) -> nn.Module:
     """Open the one copy of a causal language model in this process, to be read and not changed."""
-    return _causal_model(info, str(resolve_device(device)))
+    place = torch.empty(0, device=resolve_device(device)).device  # "cuda" is "cuda:0" too
+    return _causal_model(info, str(place))
 
 
 def build_causal(config: str) -> nn.Module:
@@ -123,6 +124,12 @@ def continue_ids(
 def room_after(info: ModelInfo, n_vectors: int) -> int:
     """Tokens that a model can read behind so many vectors."""
     return longest_chunk(info, 1 << 20) - len(_tokenizer(info)[1].prefix) - n_vectors
+
+
+def word_unit(info: ModelInfo) -> tuple[int, float]:
+    """Width of a model's vectors of words, and the deviation of their numbers."""
+    words: Tensor = open_causal(info).get_input_embeddings().weight  # type: ignore[operator]
+    return words.shape[1], float(words[:1000].std())
 
 
 def note_ids(info: ModelInfo, texts: Sequence[str], max_length: int) -> list[list[int]]:

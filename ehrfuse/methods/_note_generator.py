@@ -3,7 +3,6 @@
 Axes: b - batch, k - prefix vectors, t - tokens of a note, v - width of a token.
 """
 
-import torch
 from torch import nn
 
 from ehrfuse import _hub_causal
@@ -23,13 +22,12 @@ class PrefixCore(Core):
 
     supervised = ()  # there are no labels
 
-    def __init__(self, encoder, info, n_prefix):
-        embed = _hub_causal.open_causal(info, "cpu").get_input_embeddings()
-        n_words, self.size = embed.weight.shape
-        super().__init__({"record": encoder}, heads=nn.Linear(HIDDEN, n_prefix * self.size))
+    def __init__(self, encoder, note, n_prefix):
+        width = n_prefix * note.size_
+        super().__init__({"record": encoder}, heads=nn.Linear(HIDDEN, width))
+        self.n_outputs = width
         # In the unit of the model's own words, or one learning rate would not suit all models.
-        self.unit = float(embed(torch.arange(min(n_words, 1000))).std())
-        self.info, self.n_outputs = info, n_prefix * self.size
+        self.unit, self.size, self.info = note.unit_, note.size_, note.info()
 
     def forward(self, batch):
         """What stands before a note (b, k, v)."""
@@ -96,4 +94,4 @@ class PrefixWriter(TorchEncoder):
 
     def _make_core(self, modalities, target):
         encoder = modalities["record"].make_encoder(HIDDEN)
-        return PrefixCore(encoder, modalities["note"].info(), self.n_prefix)
+        return PrefixCore(encoder, modalities["note"], self.n_prefix)

@@ -34,6 +34,7 @@ class NoteTokens(Modality):
     def _learn(self, cells):
         info = _hub.inspect_model(self.model)
         self.fingerprint_, self.commit_ = info.fingerprint, info.revision
+        self.size_, self.unit_ = _hub_causal.word_unit(info)
 
     def _read(self, cells, present):
         notes = self._only(cells).to_numpy(dtype=object)

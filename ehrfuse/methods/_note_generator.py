@@ -24,7 +24,8 @@ class PrefixCore(Core):
 
     def __init__(self, encoder, note, n_prefix):
         width = n_prefix * note.size_
-        super().__init__({"record": encoder}, heads=nn.Linear(HIDDEN, width))
+        head = nn.Sequential(nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, width))
+        super().__init__({"record": encoder}, heads=head)
         self.n_outputs = width
         # In the unit of the model's own words, or one learning rate would not suit all models.
         self.unit, self.size, self.info = note.unit_, note.size_, note.info()

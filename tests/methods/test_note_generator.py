@@ -161,7 +161,7 @@ def test_the_same_seed_gives_the_same_weights(folder, rows, generator):
     again = make(folder).fit(rows[0])
     assert_same_weights(again, generator)
     other = make(folder, random_state=1).fit(rows[0])
-    assert not torch.equal(weights_of(other)["heads.weight"], weights_of(again)["heads.weight"])
+    assert not torch.equal(weights_of(other)["heads.1.weight"], weights_of(again)["heads.1.weight"])
 
 
 def weights_of(generator):
@@ -249,7 +249,7 @@ def test_the_language_model_is_not_stored(generator, folder, tmp_path):
     raws = [(tmp_path / "folder" / "model.safetensors").read_bytes(), pickle.dumps(generator)]
     model = _hub_causal.open_causal(ehrfuse._hub.inspect_model(folder), "cpu")
     for raw in raws:
-        assert weights_of(generator)["heads.weight"].numpy().tobytes() in raw
+        assert weights_of(generator)["heads.1.weight"].numpy().tobytes() in raw
         for tensor in model.state_dict().values():
             row = tensor.flatten()[:16].numpy().tobytes()
             assert row not in raw

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ehrfuse._hub import (
     TOKENS_PER_BATCH,
@@ -24,6 +24,12 @@ from ehrfuse._runtime import resolve_device, seeded
 def copy_causal(info: ModelInfo) -> nn.Module:
     """Copy a pretrained causal language model, on the CPU and trainable."""
     return copy.deepcopy(_causal_model(info, "cpu")).requires_grad_(True)
+
+
+def open_causal(info: ModelInfo, device: "str | torch.device | None" = None) -> nn.Module:
+    """Open the one copy of a causal language model in this process, to be read and not changed."""
+    place = torch.empty(0, device=resolve_device(device)).device  # "cuda" is "cuda:0" too
+    return _causal_model(info, str(place))
 
 
 def build_causal(config: str) -> nn.Module:
@@ -49,7 +55,7 @@ def _causal_model(info: ModelInfo, device: str) -> nn.Module:
             raise ValueError(
                 "it has no weights for a language model's head, so it cannot write text"
             )
-    return model.eval().to(device)
+    return model.eval().requires_grad_(False).to(device)
 
 
 def cut_prompt(ids: Sequence[int], room: int) -> list[int]:
@@ -69,7 +75,7 @@ def continue_texts(
 ) -> list[str]:
     """What a causal model writes after every text, without sampling."""
     tokenizer, frame = _tokenizer(info)
-    model = _causal_model(info, str(resolve_device(device)))
+    model = open_causal(info, device)
     room = longest_chunk(info, 1 << 20) - max_new_tokens - len(frame.prefix)
     if room < 1:
         raise ValueError(
@@ -110,3 +116,75 @@ def continue_ids(
         for i, text in zip(some, words, strict=True):
             said[i] = text
     return said
+
+
+# ---------------------------------------------------------------- after a prefix of vectors
+
+
+def room_after(info: ModelInfo, n_vectors: int) -> int:
+    """Tokens that a model can read behind so many vectors."""
+    return longest_chunk(info, 1 << 20) - len(_tokenizer(info)[1].prefix) - n_vectors
+
+
+def word_unit(info: ModelInfo) -> tuple[int, float]:
+    """Width of a model's vectors of words, and the deviation of their numbers."""
+    words: Tensor = open_causal(info).get_input_embeddings().weight  # type: ignore[operator]
+    return words.shape[1], float(words[:1000].std())
+
+
+def note_ids(info: ModelInfo, texts: Sequence[str], max_length: int) -> list[list[int]]:
+    """Token numbers of texts to be written; one that is cut has no end."""
+    tokenizer, _ = _tokenizer(info)
+    ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [[*note, *end][:max_length] for note in ids]
+
+
+def token_losses(info: ModelInfo, vectors: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Loss (b, t) of every token behind vectors (b, k, d), zero where padded on the right."""
+    model: Any = open_causal(info, vectors.device)
+    before = _with_start(model, info, vectors)
+    here = torch.ones(before.shape[:2], dtype=torch.bool, device=mask.device)
+    logits = model(
+        inputs_embeds=torch.cat([before, model.get_input_embeddings()(ids)], 1),
+        attention_mask=torch.cat([here, mask], 1).long(),
+        logits_to_keep=ids.shape[1] + 1, use_cache=False,
+    ).logits  # fmt: skip
+    each = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids, reduction="none")
+    return torch.where(mask, each, 0.0)
+
+
+@torch.no_grad()  # not inference_mode: what the model remembers of its positions serves a fit too
+def continue_vectors(
+    vectors: np.ndarray,
+    info: ModelInfo,
+    *,
+    max_new_tokens: int,
+    device: "str | torch.device | None" = None,
+) -> list[str]:
+    """What a causal model writes after vectors (n, k, d) in the place of tokens, without sampling.
+
+    All rows are equally long, so that none is padded and none depends on its neighbours.
+    """
+    model: Any = open_causal(info, device)
+    tokenizer, frame = _tokenizer(info)
+    size = max(1, TOKENS_PER_BATCH // (vectors.shape[1] + max_new_tokens))
+    said = []
+    for start in range(0, len(vectors), size):
+        some = torch.from_numpy(vectors[start : start + size].astype("float32")).to(model.device)
+        some = _with_start(model, info, some)
+        with _quiet():
+            found = model.generate(
+                inputs_embeds=some, attention_mask=torch.ones(some.shape[:2], device=some.device),
+                do_sample=False, num_beams=1, max_new_tokens=max_new_tokens,
+                pad_token_id=frame.pad, eos_token_id=tokenizer.eos_token_id,
+            )  # fmt: skip
+        said += tokenizer.batch_decode(found.cpu(), skip_special_tokens=True)
+    return said
+
+
+def _with_start(model: Any, info: ModelInfo, vectors: Tensor) -> Tensor:
+    """The same behind what the tokenizer puts at the start of every text."""
+    prefix = torch.tensor(_tokenizer(info)[1].prefix, dtype=torch.long, device=vectors.device)
+    start = model.get_input_embeddings()(prefix).to(vectors.dtype)
+    return torch.cat([start.expand(len(vectors), *start.shape), vectors], 1)

@@ -19,8 +19,8 @@ from ehrfuse import _archive, _encoding, _offsets, _sklearn_parts, _targets, bas
 from ehrfuse._archive import LoadError
 from ehrfuse._runtime import import_optional
 from ehrfuse.knowledge import KnowledgeGraph
-from ehrfuse.methods import _causal_notes, _two_stage, knowledge_risk, medfuse
-from ehrfuse.modalities import _lab_tokens, _numbers, _prompt, _summary, sequences
+from ehrfuse.methods import _causal_notes, _note_generator, _two_stage, knowledge_risk, medfuse
+from ehrfuse.modalities import _lab_tokens, _note_tokens, _numbers, _prompt, _summary, sequences
 from ehrfuse.rectifier import Rectifier
 
 from ehrfuse import modalities  # isort: skip
@@ -37,7 +37,7 @@ HELPERS: tuple[type, ...] = (
     medfuse.NoteScores, _causal_notes.CausalNoteClassifier, knowledge_risk._Task,
     _two_stage.StructuredFeatures, _two_stage._Table, _two_stage.Words, _two_stage.EncodedText,
     _two_stage.Ones, _two_stage.RationaleVectors, _two_stage.Constant, _two_stage.Seen,
-    _two_stage.Calibrator,
+    _two_stage.Calibrator, _note_generator.PrefixWriter, _note_tokens.NoteTokens,
 )  # fmt: skip
 XGBOOST = ("XGBClassifier", "XGBRegressor")
 PLACES = ("checkpoint", "memory", "cache")

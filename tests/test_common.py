@@ -86,6 +86,7 @@ def test_every_public_estimator_is_covered():
         "KnowledgeRetriever",
         "LabTextifier",
         "Modality",
+        "NoteGenerator",
         "NoteSectionizer",
         "Rectifier",
         "VisitGAN",

@@ -13,7 +13,8 @@ PACKAGE = Path(ehrfuse.__file__).parent
 HEAVY = {
     "transformers", "tokenizers", "pytorch_tabnet", "matplotlib", "duckdb", "PIL", "pooch", "peft",
     "bm25s", "graspologic_native", "ahocorasick", "rapidfuzz", "xgboost", "imblearn", "ibis",
-    "skops", "huggingface_hub", "mapie", "accelerate", "datasketch",
+    "skops", "huggingface_hub", "mapie", "accelerate", "datasketch", "sacrebleu",
+    "rouge_score", "nltk",
 }  # fmt: skip
 
 # Layer -> what it may import: our own layers, then packages beside the standard library.

@@ -21,6 +21,7 @@ from ehrfuse.evaluation.missingness import outcome_by_pattern, presence_informat
 from ehrfuse.evaluation.scorers import contribution_scorer, masked_scorer, worst_group_scorer
 from ehrfuse.evaluation.slices import score_by_pattern, score_by_subgroup
 from ehrfuse.evaluation.sources import map_columns
+from ehrfuse.evaluation.texts import text_scores
 from ehrfuse.evaluation.timelines import EmbeddingDisplay, TimelineDisplay
 from ehrfuse.evaluation.training import (
     ComparisonDisplay,
@@ -64,5 +65,6 @@ __all__ = [
     "score_by_subgroup",
     "sensitivity",
     "silhouette_report",
+    "text_scores",
     "worst_group_scorer",
 ]

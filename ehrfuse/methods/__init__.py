@@ -9,6 +9,7 @@ from ehrfuse.methods import (
     masked_labs,
     medfuse,
     mmnar,
+    note_generator,
     rapt,
     sequence,
     tabnet,
@@ -22,6 +23,7 @@ from ehrfuse.methods.lab_text import *
 from ehrfuse.methods.masked_labs import *
 from ehrfuse.methods.medfuse import *
 from ehrfuse.methods.mmnar import *
+from ehrfuse.methods.note_generator import *
 from ehrfuse.methods.rapt import *
 from ehrfuse.methods.sequence import *
 from ehrfuse.methods.tabnet import *
@@ -36,6 +38,7 @@ __all__ = [
     *masked_labs.__all__,
     *medfuse.__all__,
     *mmnar.__all__,
+    *note_generator.__all__,
     *rapt.__all__,
     *sequence.__all__,
     *tabnet.__all__,

@@ -183,6 +183,7 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
     --------
     TabNetClassifier : Takes this as ``pretrained=``.
     TabNetPretrainer : The masked phase.
+    NoteGenerator : Writes a text from the record.
 
     Notes
     -----

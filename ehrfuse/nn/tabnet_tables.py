@@ -123,7 +123,7 @@ class TabNetTableEncoder(nn.Module):
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
     def hide(self, features: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Hide columns at random: features (b, f), prior (b, g), and what is gone (b, f).
+        """Hide columns at random: features (b, f), prior (b, g), and what of `told` is gone (b, o).
 
         The last two hold 0 and 1; the prior of a hidden column is 0.
         """
@@ -131,7 +131,7 @@ class TabNetTableEncoder(nn.Module):
         draw = torch.rand(shape, device=features.device, dtype=features.dtype)
         prior = torch.ge(draw, share, out=draw)
         left = prior if self.tabnet.groups is None else self.tabnet.groups.copy(prior)
-        return features * left, prior, 1 - left
+        return features * left, prior, 1 - self.told(left)
 
     def outputs(
         self, x: dict[str, Tensor], with_entropy: bool = True
@@ -183,4 +183,4 @@ class MaskedReconstruction(nn.Module):
             known = known * keep[:, None]
         outputs, entropy = encoder.tabnet(hidden, prior, with_entropy)
         guess, truth = self.decoder(outputs), encoder.told(features.detach())
-        return reconstruction_loss(guess, truth, encoder.told(gone) * known, known), entropy
+        return reconstruction_loss(guess, truth, gone * known, known), entropy

@@ -18,6 +18,7 @@ import pandas as pd
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.feature_selection import VarianceThreshold
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 from sklearn.model_selection import GroupKFold
@@ -79,10 +80,12 @@ def models(data, names, seed, args):
 
 
 def _trees(seed):
-    return HistGradientBoostingClassifier(
+    model = HistGradientBoostingClassifier(
         learning_rate=0.05, max_iter=100, max_leaf_nodes=8, min_samples_leaf=20,
         l2_regularization=1.0, max_features=0.3, random_state=seed,
     )  # fmt: skip
+    # Few rows leave columns of nothing but nulls, which scikit-learn's binning refuses.
+    return make_pipeline(VarianceThreshold(), model)
 
 
 def _words():

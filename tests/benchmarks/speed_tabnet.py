@@ -35,7 +35,7 @@ def main():
     X, y = _rows(n_rows, args.seed)
     warnings.simplefilter("ignore")
     rows = []
-    for width, filled in [(8, False)] if args.quick else [(8, False), (8, True), (64, False)]:
+    for width, filled in [(8, False)] if args.quick else [(8, False), (8, True), (64, False), (64, True)]:
         for task in FITS:
             rows += _compare(task, width, filled, X, y, turns, args.seed)
     finish(args, rows)

@@ -39,6 +39,7 @@ def main():
     options.add_argument("--inner", type=int, default=3, help="inner fits for thresholds, of 3")
     options.add_argument("--models", nargs="+", help="only these rows of the disease tables")
     args = parse(options)
+    args.inner = 1 if args.quick else args.inner
     run = {"eicu": eicu, "mimic4": mimic4, "mimic3": mimic3, "synthetic": synthetic}
     finish(args, [r for section in args.only for r in run[section](args)])
 

@@ -50,12 +50,15 @@ ComparisonDisplay.from_comparison(found)
 plt.savefig("compare_differences.png", dpi=120)
 
 # %%
-# A risk is there to decide by: net benefit at every threshold, and whether the risks are true,
-# within each missing pattern.
+# A risk is there to decide by: net benefit at every threshold.
 
 risks = {name: found.predictions[name] for name in ("boosting", "FusionClassifier")}
 DecisionCurveDisplay.from_predictions(data.y, risks, groups=data.groups, n_resamples=200)
 plt.savefig("compare_decisions.png", dpi=120)
+
+# %%
+# Whether the risks are true, within each missing pattern.
+
 PatternCalibrationDisplay.from_predictions(
     data.y, risks["FusionClassifier"], data.X, data.modalities, groups="subject_id"
 )

@@ -234,7 +234,10 @@ def _state_of(x):
         # Folders of this machine say nothing elsewhere, and may name somebody.
         state = _without_places(state)
         if "built_with_" in state:
-            state["built_with_"] = _without_places(state["built_with_"])
+            # Gone, not None: what fit noted of a place depends on how it was written.
+            state["built_with_"] = {
+                k: v for k, v in state["built_with_"].items() if k not in PLACES
+            }
     if state is not None and type(x).__name__ == "TunedThresholdClassifierCV":
         state.pop("_curve_scorer", None)  # holds functions, and only fit asks it
     if isinstance(x, _sklearn_parts.REQUESTS) and not isinstance(x.owner, str):

@@ -48,6 +48,7 @@ class Columns:
         parallel = Parallel(n_jobs=case.n_jobs)
         read = parallel(delayed(read_column)(frame[name]) for name in case.features)
         self.columns = dict(zip(case.features, read, strict=True))
+        self.unread = [name for name, column in self.columns.items() if column.kind == "other"]
         self.tokens = {
             name: token_matrix(tokens_of(column), self.codes)
             for name, column in self.columns.items()

@@ -33,6 +33,22 @@ class LoadError(ValueError):
 
 # ---------------------------------------------------------------- writing
 
+# Of files that save does not write; a folder so called would be taken for one. "v1.2" is a folder.
+OF_FILES = {".bin", ".ckpt", ".gz", ".h5", ".joblib", ".json", ".npz", ".onnx", ".pickle", ".pkl",
+            ".pt", ".pth", ".safetensors", ".skops", ".tar", ".tgz"}  # fmt: skip
+
+
+def check_name(path: Any) -> None:
+    """Raise unless `path` is one, and names a zip or what may be a folder."""
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"path is {path!r}; give the name of a folder, or one ending in '.zip'.")
+    ending = Path(path).suffix
+    if ending.lower() in OF_FILES and not Path(path).is_dir():
+        raise ValueError(
+            f"{str(path)!r} ends in {ending!r}, and save writes a file ending in '.zip' or a "
+            "folder; choose one of these names."
+        )
+
 
 def write(path: Path, manifest: dict[str, Any], tensors: dict[str, np.ndarray], card: str) -> None:
     """Write a zip where the name ends in .zip, else a folder; whole or not at all."""

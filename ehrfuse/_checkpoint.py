@@ -136,6 +136,7 @@ class Run:
         plain = ("epoch", "done", "step", "parts", "stopped", "shuffle", "history")
         facts = {name: getattr(self, name) for name in plain}
         facts |= {"rows": self.totals.rows, "best": [self.best.score, self.best.waited]}
+        facts |= {"terms": list(self.totals.sums)}  # files of tensors keep no order
         return tensors, facts
 
     def unpack(self, tensors: dict[str, Tensor], facts: dict[str, Any], team: Team) -> None:
@@ -152,7 +153,9 @@ class Run:
         self.core.load_state_dict(parts["core"])
         load_optimizer_state(self.optimizer, parts.get("optimizer", {}))
         self.core.load_loop_state(parts.get("loop", {}))
-        self.totals.rows, self.totals.sums = facts["rows"], parts.get("totals", {})
+        sums = parts.get("totals", {})
+        self.totals.rows = facts["rows"]
+        self.totals.sums = {name: sums[name] for name in facts.get("terms", sums)}
         self.best.score, self.best.waited = facts["best"]
         self.best.state = parts.get("best", {})
         _set_random_state(team.own_of(parts["random"]), device)

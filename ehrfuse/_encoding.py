@@ -131,6 +131,7 @@ class Encoder:
             state = self.state_of(x)
             if state is None:
                 raise ValueError(_refusal(x, where, "its state is no dict of attributes"))
+            state = dict(sorted(state.items()))  # else an earlier, stopped fit would show in it
             return {"class": self.names[type(x)], "state": self._parts(state, where, depth)}
         written = self.write_part(x, where)
         if written is None:

@@ -65,8 +65,9 @@ def save(estimator, path, *, classes=()):
         Fitted or not.
     path : str or path
         A name ending in ``.zip`` gives one file; any other is a folder in the layout of the
-        Hugging Face hub, with a model card. What was saved there before is replaced, and stays
-        whole if saving fails.
+        Hugging Face hub, with a model card. Endings of other files (``.pkl``, ``.safetensors``)
+        are refused, and so is a folder that holds other things. What was saved there before is
+        replaced, and stays whole if saving fails.
     classes : sequence of class, default=()
         Classes of your own that the estimator is made of. `load` needs the same.
 
@@ -99,6 +100,7 @@ def save(estimator, path, *, classes=()):
     """
     if not isinstance(estimator, BaseEstimator):
         raise ValueError(f"{type(estimator).__name__} is no estimator; save one, or use pickle.")
+    _archive.check_name(path)
     known = _with_own(registry(), classes)
     names = {kind: name for name, kind in known.items()} | _xgboost_names(estimator)
     encoder = _encoding.Encoder(names, _sklearn_parts.write_part, _state_of)
@@ -138,7 +140,7 @@ def load(path, *, classes=(), revision=None):
         A ValueError: the file is damaged, foreign, of a newer format, or names what this version
         does not know.
     FileNotFoundError
-        If there is nothing at `path`.
+        If there is nothing at `path`, nor on the hub, or the hub cannot be reached.
 
     Warns
     -----
@@ -234,7 +236,10 @@ def _state_of(x):
         # Folders of this machine say nothing elsewhere, and may name somebody.
         state = _without_places(state)
         if "built_with_" in state:
-            state["built_with_"] = _without_places(state["built_with_"])
+            # Gone, not None: what fit noted of a place depends on how it was written.
+            state["built_with_"] = {
+                k: v for k, v in state["built_with_"].items() if k not in PLACES
+            }
     if state is not None and type(x).__name__ == "TunedThresholdClassifierCV":
         state.pop("_curve_scorer", None)  # holds functions, and only fit asks it
     if isinstance(x, _sklearn_parts.REQUESTS) and not isinstance(x.owner, str):
@@ -284,7 +289,15 @@ def _local(path, revision):
         return place
     hub = import_optional("huggingface_hub", "save")
     files = [_archive.MANIFEST, _archive.UNZIPPED]
-    return Path(hub.snapshot_download(str(path), revision=revision, allow_patterns=files))
+    try:
+        return Path(hub.snapshot_download(str(path), revision=revision, allow_patterns=files))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"There is no file or folder {str(path)!r} here, and the repository of that name could "
+            f"not be fetched from the hub ({type(error).__name__}). Check the name; without a "
+            f"connection, run huggingface_hub.snapshot_download({str(path)!r}) where there is one, "
+            "and load the folder that it gives."
+        ) from error
 
 
 def _card(estimator, encoder):

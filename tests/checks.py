@@ -17,6 +17,7 @@ from sklearn.base import clone, is_classifier, is_regressor
 from sklearn.model_selection import GridSearchCV
 from sklearn.utils import Bunch
 
+import ehrfuse
 import ehrfuse._checkpoint
 from ehrfuse._data import Data
 from ehrfuse._train import predict
@@ -344,9 +345,17 @@ def check_stop_and_go_on(estimator, cohort, folder=None):
         with killed_after(n_steps):
             fit(stopped, cohort)
         assert stopped.history_ == whole.history_
+        assert [list(record) for record in stopped.history_] == [list(r) for r in whole.history_]
         weights = whole.module_.state_dict()
         for name, tensor in stopped.module_.state_dict().items():
             assert torch.equal(tensor, weights[name]), name
+        assert _saved(stopped, folder) == _saved(whole, folder)
+
+
+def _saved(estimator, folder):
+    """The bytes of a saved model; where it was fitted is no part of it."""
+    ehrfuse.save(estimator, folder / "model.zip")
+    return (folder / "model.zip").read_bytes()
 
 
 def check_memorises(estimator, cohort):

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
 
+import ehrfuse
 import ehrfuse._checkpoint
 import ehrfuse._train
 from ehrfuse import (
@@ -427,3 +428,23 @@ def test_divided_batches_go_on_after_a_kill(cohort, tmp_path, monkeypatch):
         stop(model(tmp_path), cohort)
     again = model(tmp_path).fit(cohort.X, cohort.y)  # no warning: the parts are remembered
     assert_equal(again, whole)
+
+
+# ---------------------------------------------------------------- what is saved in the end
+
+
+@pytest.mark.parametrize("n_steps", [1, 3])
+def test_a_resumed_fit_is_saved_as_the_same_bytes(cohort, tmp_path, n_steps):
+    """Several terms of the loss, whose order a file of tensors does not keep."""
+    plain = MMNARFusionClassifier(ALL, d_model=8, n_members=2, max_epochs=2, random_state=0)
+    whole = clone(plain).fit(cohort.X, cohort.y)
+    resumed = clone(plain).set_params(checkpoint=tmp_path / "fits")
+    stop(resumed, cohort, n_steps)
+    resumed.fit(cohort.X, cohort.y)
+    by_string = clone(plain).set_params(checkpoint=str(tmp_path / "fits"))
+    done = by_string.fit(cohort.X, cohort.y)  # finds that all is done
+    ehrfuse.save(whole, tmp_path / "whole.zip")
+    for name, fitted in {"resumed": resumed, "done": done}.items():
+        assert [list(r) for r in fitted.history_] == [list(r) for r in whole.history_], name
+        ehrfuse.save(fitted, tmp_path / f"{name}.zip")
+        assert (tmp_path / f"{name}.zip").read_bytes() == (tmp_path / "whole.zip").read_bytes()

@@ -1098,3 +1098,29 @@ def test_from_the_hub(saved, tmp_path, monkeypatch):
     ehrfuse.save(saved.clf, "ward/model")  # a folder of that name comes first
     ehrfuse.load("ward/model")
     assert len(asked) == 1
+
+
+def test_a_repository_that_cannot_be_fetched(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def snapshot_download(name, **options):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("outgoing traffic is disabled")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    words = (
+        r"no file or folder 'ward/model' here.*huggingface_hub.snapshot_download\('ward/model'\)"
+    )
+    with pytest.raises(FileNotFoundError, match=words):
+        ehrfuse.load("ward/model")
+
+
+@pytest.mark.parametrize("name", ["m.pkl", "m.joblib", "m.SAFETENSORS", "m.tar.gz"])
+def test_endings_of_other_files_are_refused(saved, tmp_path, name):
+    with pytest.raises(ValueError, match=r"save writes a file ending in '.zip' or a folder"):
+        ehrfuse.save(saved.clf, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    ehrfuse.save(saved.clf, tmp_path / "v1.2")  # a version is no ending
+    assert (tmp_path / "v1.2").is_dir()
+    with pytest.raises(ValueError, match=r"path is None; give the name of a folder"):
+        ehrfuse.save(saved.clf, None)

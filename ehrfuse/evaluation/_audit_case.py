@@ -119,6 +119,17 @@ def _as_frame(X):
     return pd.DataFrame(array, columns=[f"column {i}" for i in range(array.shape[1])])
 
 
+def _as_outcome(y):
+    """One column of a frame or an array as the vector it is, so that unknown labels are seen."""
+    if np.ndim(y) not in (1, 2):
+        raise ValueError(
+            f"y has {np.ndim(y)} dimensions; pass one label per row, or one column per task."
+        )
+    if np.ndim(y) == 2 and np.shape(y)[1] == 1:
+        return y.iloc[:, 0] if hasattr(y, "iloc") else np.asarray(y)[:, 0]
+    return y
+
+
 class Case:
     """Everything that the checks share. Rows of unknown outcome are left out of 1-D outcomes.
 
@@ -129,7 +140,7 @@ class Case:
     def __init__(
         self, estimator, X, y, *, groups, time, cv, max_rows, n_permutations, n_jobs, seed
     ):
-        frame = _as_frame(X)
+        frame, y = _as_frame(X), _as_outcome(y)
         check_rows(len(frame), y=y)
         self.estimator = estimator
         self.n_jobs, self.n_permutations, self.seed = n_jobs, n_permutations, seed
@@ -139,7 +150,7 @@ class Case:
         names = {value for value in (groups, time) if isinstance(value, str)}
         names |= {value.name for value in (groups, time) if _is_column(value, frame)}
         codes = group_codes(groups, len(frame), frame)
-        time = None if time is None else pd.Series(np.asarray(group_values(time, frame)))
+        time = None if time is None else pd.Series(np.asarray(group_values(time, frame, "time")))
         check_rows(len(frame), time=time)
         known = np.arange(len(frame))
         if np.ndim(y) == 1:

@@ -86,7 +86,10 @@ def _read_lists(values, present):
         (shape,) = lengths
         if shape[0] <= _MAX_LENGTH:
             matrix = np.zeros((len(values), shape[0]))
-            matrix[present] = np.stack([np.asarray(c, dtype=float) for c in values[present]])
+            try:
+                matrix[present] = np.stack([np.asarray(c, dtype=float) for c in values[present]])
+            except (TypeError, ValueError):  # not numbers alone
+                return Column("other", present)
             return Column("vector", present, np.nan_to_num(matrix))
     return Column("other", present)
 
@@ -100,7 +103,10 @@ def flat_records(cells):
     first = next((values[row][0] for row in filled if len(values[row])), None)
     if not isinstance(first, dict):
         return None
-    flat = pd.DataFrame.from_records([record for row in filled for record in values[row]])
+    records = [record for row in filled for record in values[row]]
+    if not all(isinstance(record, dict) for record in records):
+        return None
+    flat = pd.DataFrame.from_records(records)
     flat.insert(0, "row", [row for row in filled for _ in values[row]], allow_duplicates=True)
     return flat
 

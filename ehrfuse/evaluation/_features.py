@@ -49,7 +49,7 @@ def _object_feature(cells: pd.Series):
     return None
 
 
-def _is_same(cells, values):
+def is_same(cells, values):
     """Whether a column holds the very values of the groups; stops at the first that differs."""
     if values is None or cells.isna().any():
         return False
@@ -78,7 +78,7 @@ class Rest:
             column: feature
             for column, feature in features.items()
             # The patient's number may also stand in X while groups came as an array.
-            if feature and not _is_same(X[column], values)
+            if feature and not is_same(X[column], values)
         }
 
     def without(self, name):

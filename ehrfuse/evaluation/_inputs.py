@@ -138,15 +138,30 @@ def check_rows(n_rows: int, **others):
             raise ValueError(f"{name} has {len(other)} rows, but {n_rows} are needed, one per row.")
 
 
-def group_values(groups, X: pd.DataFrame | None = None):
-    """Values of the group of every row: the column that `groups` names, else `groups` itself."""
-    if not isinstance(groups, str):
-        return groups
-    if X is None or groups not in X.columns:
+def group_values(groups, X: pd.DataFrame | None = None, name="groups"):
+    """Values of the group of every row: the column that `groups` names, else `groups` itself.
+
+    `name` is that of the parameter, in what is said of a wrong one.
+    """
+    if isinstance(groups, str):
+        if X is None or groups not in X.columns:
+            raise ValueError(
+                f"{name}={groups!r} names no column here; pass a column of X or one value per row."
+            )
+        return X[groups]
+    if groups is not None and _dimensions(groups) != 1:
         raise ValueError(
-            f"groups={groups!r} names no column here; pass a column of X or one value per row."
+            f"{name} has {_dimensions(groups)} dimensions ({type(groups).__name__}); pass one "
+            "value per row (of a frame, one column), or the name of a column of X."
         )
-    return X[groups]
+    return groups
+
+
+def _dimensions(values) -> int:
+    try:
+        return np.ndim(values)
+    except ValueError:  # lists of unequal lengths
+        return 2
 
 
 def group_codes(groups, n_rows: int, X: pd.DataFrame | None = None) -> np.ndarray:

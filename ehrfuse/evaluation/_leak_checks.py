@@ -48,6 +48,7 @@ class Columns:
         parallel = Parallel(n_jobs=case.n_jobs)
         read = parallel(delayed(read_column)(frame[name]) for name in case.features)
         self.columns = dict(zip(case.features, read, strict=True))
+        self.unread = [name for name, column in self.columns.items() if column.kind == "other"]
         self.tokens = {
             name: token_matrix(tokens_of(column), self.codes)
             for name, column in self.columns.items()
@@ -379,49 +380,54 @@ def missingness(case, columns):
     flags = {n: c.present for n, c in columns.columns.items() if 0 < c.present.mean() < 1}
     if not flags:
         return Finding("missingness", "skipped", "No column has missing cells.")
-    rows, found = [], []
-    for target in columns.targets:
-        for name, present in flags.items():
-            told = told_by_bins(present.astype(int), target.values, case.inner)
-            row = {"column": name, "target": target.name, "skill": target.skill(told), "why": ""}
-            row["present"] = present.mean()
-            if target.binary:
-                known = ~np.isnan(target.values)
-                row["rate present"] = (
-                    np.nanmean(target.values[present & known], dtype=float)
-                    if (present & known).any()
-                    else np.nan
-                )
-                row["rate absent"] = (
-                    np.nanmean(target.values[~present & known])
-                    if (~present & known).any()
-                    else np.nan
-                )
-                row["why"] = _pure(
-                    present[known].astype(int), target.values[known], columns.codes[known],
-                    target.values,
-                )  # fmt: skip
-            if row["skill"] >= FLAGS_TOO_GOOD and columns.sure(target, row["skill"], len(flags)):
-                row["why"] = row["why"] or "being there tells the outcome"
-            if row["why"]:
-                found.append(name)
-            rows.append(row)
+    rows = [
+        _flag(columns, name, present, place, len(flags))
+        for place in range(len(columns.targets))
+        for name, present in flags.items()
+    ]
     table = _table(rows, "skill")
-    together = _flags_together(columns, flags, found)
-    if not found and not together:
+    leaks, hints = (table["column"][table["verdict"] == v].unique() for v in ("leak", "warn"))
+    together = _flags_together(columns, flags, {*leaks, *hints})
+    if not len(leaks) and not len(hints) and not together:
         best = table["skill"].max()
         text = f"Being there tells little: the best single flag reaches {best:.2f}."
-        return Finding("missingness", "pass", text, table.head(10))
-    table = table[(table["why"] != "") | (table.index < 5)]
-    told = f"{_names(dict.fromkeys(found))}: being there tells the outcome." if found else together
+        return Finding("missingness", "pass", text, table.head(10).drop(columns="verdict"))
+    told = together
+    if len(leaks):
+        told = f"{_names(leaks)}: being there tells the outcome."
+    elif len(hints):
+        told = f"{_names(hints)}: being there may tell the outcome. {together}".strip()
     return Finding(
         "missingness",
-        "leak" if found else "warn",
+        "leak" if len(leaks) else "warn",
         told,
-        table,
+        table[(table["why"] != "") | (table.index < 5)].drop(columns="verdict"),
         "Ask who fills these cells and when; if it is after the outcome, or because of it, leave "
         "the columns out.",
     )
+
+
+def _flag(columns, name, present, place, n_flags):
+    """What being there tells of a target: figures, and a verdict beyond chance."""
+    target = columns.targets[place]
+    told = told_by_bins(present.astype(int), target.values, columns.case.inner)
+    skill = target.skill(told)
+    row = {"column": name, "target": target.name, "skill": skill, "low": np.nan, "why": "",
+           "present": present.mean(), "verdict": ""}  # fmt: skip
+    if skill >= FLAGS_TOO_GOOD and columns.sure(target, skill, n_flags):
+        row["low"] = columns.low(target, told)
+        sure = row["low"] >= FLAGS_TOO_GOOD
+        row["verdict"] = "leak" if sure else "warn"
+        row["why"] = f"being there {'tells' if sure else 'may tell'} the outcome"
+    if not target.binary:
+        return row
+    known = ~np.isnan(target.values)
+    for word, side in (("present", present), ("absent", ~present)):
+        own = target.values[side & known]
+        row[f"rate {word}"] = own.mean() if len(own) else np.nan
+    pure = _pure(present[known].astype(int), target.values[known], columns.codes[known],
+                 target.values)  # fmt: skip
+    return row | {"verdict": "leak", "why": pure} if pure else row
 
 
 def _flags_together(columns, flags, found):

@@ -9,6 +9,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#2
 BLUE, VERMILION, BLACK = "#0072B2", "#D55E00", "#222222"
 GREY, POOLED = "#D9D9D9", "#8FA9B8"
 DASHES = ("-", "--", "-.", ":")  # told apart in grey print too
+MARKERS = ("o", "^", "s", "D", "v", "P", "X")
 FONT = 10
 
 
@@ -43,10 +44,21 @@ def line_style(place):
     return {"color": COLOURS[place % n], "linestyle": DASHES[place // n % len(DASHES)]}
 
 
+def mark_style(place):
+    """Colour and shape of the marks at a place: either tells them apart, both do for 42."""
+    return {"color": COLOURS[place % (len(COLOURS) - 1)], "marker": MARKERS[place % len(MARKERS)]}
+
+
 def fitted(text, letters, lines=3):
-    """Text in lines of at most so many letters, cut where it does not fit."""
+    """Text in lines of at most so many letters, cut where it does not fit.
+
+    One line is cut in its middle, since names often differ at their ends.
+    """
     text = str(text)
-    if len(text) > letters * lines or lines > 1:
+    if lines == 1 and len(text) > letters:
+        tail = (letters - 3) // 2
+        return f"{text[: letters - 3 - tail].rstrip()}...{text[-tail:].lstrip()}"
+    if lines > 1:
         found = textwrap.wrap(text, letters) or [""]
         if len(found) > lines:
             found = [*found[: lines - 1], " ".join(found[lines - 1 :])]
@@ -55,10 +67,12 @@ def fitted(text, letters, lines=3):
     return text
 
 
-def legend(ax, n_entries):
-    """A legend inside, or beside the axes where it would cover them."""
-    beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1)} if n_entries > 4 else {}
-    ax.legend(fontsize=FONT - 1, frameon=False, **beside)
+def legend_below(ax):
+    """A legend below the axes, where it covers nothing; two entries a row if they are long."""
+    handles, labels = ax.get_legend_handles_labels()
+    columns = min(len(labels), 4 if max(map(len, labels), default=0) <= 16 else 2)
+    ax.legend(handles, labels, fontsize=FONT - 1, frameon=False, ncols=columns,
+              loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.2)  # fmt: skip
 
 
 def pattern_title(pattern, names):

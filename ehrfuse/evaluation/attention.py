@@ -4,7 +4,16 @@ import numpy as np
 import pandas as pd
 from sklearn.utils import check_scalar
 
-from ehrfuse.evaluation._style import BLUE, FONT, GREY, POOLED, clean, fitted, new_axes
+from ehrfuse.evaluation._style import (
+    BLUE,
+    FONT,
+    GREY,
+    POOLED,
+    clean,
+    fitted,
+    legend_below,
+    new_axes,
+)
 
 __all__ = ["AttentionChangeDisplay"]
 
@@ -111,14 +120,15 @@ class AttentionChangeDisplay:
         """
         check_scalar(max_columns, "max_columns", (int, np.integer), min_val=1)
         shown = self.table.head(max_columns)[::-1]
-        ax = new_axes(ax, 6.4, 1.0 + 0.3 * len(shown))
+        ax = new_axes(ax, 6.4, 1.3 + 0.3 * len(shown))
         rows = np.arange(len(shown))
         ax.hlines(rows, shown["before"], shown["after"], color=GREY, linewidth=3, zorder=1)
-        ax.scatter(shown["before"], rows, color=POOLED, zorder=2, label=self.labels[0])
+        ax.scatter(shown["before"], rows, color=POOLED, zorder=2, label=self.labels[0],
+                   marker="s")  # fmt: skip
         ax.scatter(shown["after"], rows, color=BLUE, zorder=3, label=self.labels[1])
         ax.set_yticks(rows, [fitted(name, 30, 1) for name in shown.index])
         ax.set_xlabel("share of attention", fontsize=FONT)
         clean(ax, "x")
-        ax.legend(fontsize=FONT - 1, frameon=False)
+        legend_below(ax)
         self.ax_, self.figure_ = ax, ax.figure
         return self

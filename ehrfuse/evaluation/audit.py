@@ -60,7 +60,7 @@ class LeakageReport:
         Each with `check`, `verdict` ("pass", "warn", "leak" or "skipped"), `sentence`, `evidence`
         (a DataFrame) and `fix`.
     about : str
-        One line on the rows that were looked at.
+        One line on the rows that were looked at, and the columns whose cells could not be read.
 
     Attributes
     ----------
@@ -238,7 +238,8 @@ def audit_leakage(
         Any classifier or regressor of scikit-learn's kind, a Pipeline too; it is cloned and never
         changed. None looks at the data alone.
     X : DataFrame, array or sparse matrix of shape (n_samples, n_columns)
-        Numbers, categories, notes, dates, lists of codes, lists of records, vectors.
+        Numbers, categories, notes, dates, lists of codes, lists of records, vectors. Columns of
+        other cells are named in the report; of these only being there is looked at.
     y : array-like of shape (n_samples,) or (n_samples, n_tasks)
         Classes, numbers, or yes/no tasks with NaN where unknown. Rows whose only outcome is unknown
         are left out.
@@ -338,12 +339,13 @@ def audit_leakage(
         n_permutations=n_permutations, n_jobs=n_jobs, seed=seed,
     )  # fmt: skip
     findings = [_ON_ROWS[name](case) for name in checks if name in _ON_ROWS]
-    wanted = [name for name in checks if name in _ON_COLUMNS]
+    wanted, unread = [name for name in checks if name in _ON_COLUMNS], []
     if wanted:
         columns = _leak_checks.Columns(case)
+        unread = columns.unread
         findings += [_ON_COLUMNS[name](case, columns) for name in wanted]
     findings += _on_fits(case, [name for name in checks if name in _ON_FITS])
-    return LeakageReport(findings, _about(case))
+    return LeakageReport(findings, _about(case, unread))
 
 
 def _check_settings(checks, max_rows, n_permutations, cv):
@@ -369,7 +371,15 @@ def _on_fits(case, names):
     try:
         baseline = _leak_fits.Baseline(case)
     except EstimatorFailed as failed:
-        raise failed.__cause__ from None
+        error = failed.__cause__
+        if case.tasks:
+            kind = type(case.estimator).__name__
+            error.add_note(
+                f"audit_leakage gave {kind} y with {len(case.targets)} tasks; where it takes one, "
+                "audit them one at a time, without the rows of unknown label, or pass "
+                "estimator=None."
+            )
+        raise error from None
     findings = []
     for name in names:
         try:
@@ -380,7 +390,7 @@ def _on_fits(case, names):
     return findings
 
 
-def _about(case):
+def _about(case, unread):
     patients = "every row its own patient"
     if case.grouped:
         patients = f"{case.codes.max() + 1:,} patients"
@@ -388,4 +398,7 @@ def _about(case):
     text = f"{len(case):,} rows, {patients}; {len(case.folds)} folds {folds}."
     if len(case.rows) < len(case):
         text += f" Fits and models of columns used a sample of {len(case.rows):,} rows."
+    if unread:
+        names = ", ".join(repr(str(name)) for name in unread)
+        text += f" Columns not read, their cells being of no known kind: {names}."
     return text

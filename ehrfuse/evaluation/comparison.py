@@ -50,8 +50,9 @@ def compare(
         predicted and not trained on.
     groups : str or array-like of shape (n_samples,), default=None
         Patient of every row, or the column of X that holds it. No patient is on both sides of a
-        fold, and the bootstrap draws patients. A column named here is hidden from models whose own
-        `groups` parameter does not name it.
+        fold, and the bootstrap draws patients. A column of X that is named here, that a Series
+        given here is called like, or that holds the values given here, is hidden from models whose
+        own `groups` parameter does not name it.
     cv : int or splitter, default=5
         A number of folds is shuffled by the seed, spread over the classes of a 1-D `y`, and split
         by patient with `groups`. A splitter is used as it is, for every seed.
@@ -118,7 +119,7 @@ def compare(
     check_option(on_error, "on_error", ("raise", "warn"))
     _check_models(models, reference)
     tasks = check_labels(y)
-    check_rows(len(y), X=X, groups=None if isinstance(groups, str) else groups)
+    check_rows(len(y), X=X)
     codes = group_codes(groups, len(y), X if hasattr(X, "columns") else None)
     fits = list(_plan(models, X, y, cv, groups, seeds, tasks))
     done = _run(fits, y, tasks, n_jobs, verbose)

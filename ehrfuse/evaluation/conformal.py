@@ -246,6 +246,11 @@ class ConformalByPattern(BaseEstimator):
                 "promise it, and several times as many give sets of a useful size."
             )
         check_is_fitted(self.estimator)
+        if self.conformity_score != "lac" and len(self.estimator.classes_) < 3:
+            raise ValueError(
+                f"conformity_score={self.conformity_score!r} is for three classes and more, and "
+                "the estimator knows two; use 'lac'."
+            )
         self._check_labels(y)
 
     def _check_labels(self, y):

@@ -150,6 +150,7 @@ class Coalitions:
         try:
             proba = self.estimator.predict_proba(X)
         except Exception as error:
+            self.estimator.predict_proba(self.X)  # where this fails too, it is about something else
             raise ValueError(
                 f"{type(self.estimator).__name__} does not predict without {away}: {error} "
                 "Use an estimator that takes nulls, or put an imputer before it."

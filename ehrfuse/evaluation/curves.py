@@ -8,10 +8,10 @@ from ehrfuse.evaluation._style import (
     BLACK,
     BLUE,
     FONT,
-    GREY,
+    POOLED,
     clean,
     fitted,
-    legend,
+    legend_below,
     line_style,
     new_axes,
     new_figure,
@@ -108,16 +108,20 @@ class DecisionCurveDisplay:
         display : DecisionCurveDisplay
             With `figure_` and `ax_` set.
         """
-        ax = new_axes(ax, 6.4, 4.2)
-        self.figure_, self.ax_ = ax.figure, ax
         parts = list(self.table.groupby("model", sort=False))
+        ax = new_axes(ax, 6.4, 4.4 + 0.1 * len(parts))
+        self.figure_, self.ax_ = ax.figure, ax
+        # A single threshold is a point, which a line would not show.
+        mark = {"marker": "o", "clip_on": False} if self.table["threshold"].nunique() == 1 else {}
         for place, (name, own) in enumerate(parts):
             style = line_style(place)
             ax.fill_between(own["threshold"], own["lo"], own["hi"], color=style["color"],
                             alpha=0.15 if len(parts) < 4 else 0, linewidth=0)  # fmt: skip
-            ax.plot(own["threshold"], own["net_benefit"], lw=2, label=fitted(name, 34), **style)
+            ax.plot(own["threshold"], own["net_benefit"], lw=2, label=fitted(name, 34, 1),
+                    **style, **mark)  # fmt: skip
         own = parts[0][1]
-        ax.plot(own["threshold"], own["treat_all"], color=BLACK, ls=":", lw=1.5, label="treat all")
+        ax.plot(own["threshold"], own["treat_all"], color=BLACK, ls=":", lw=1.5, label="treat all",
+                **mark)  # fmt: skip
         ax.axhline(0, color=BLACK, linewidth=1, label="treat nobody")
         top = self.table[["hi", "treat_all"]].to_numpy().max()
         ax.set_ylim(-0.25 * max(top, 1e-3), 1.05 * max(top, 1e-3))
@@ -125,7 +129,7 @@ class DecisionCurveDisplay:
         ax.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
         ax.set_xlabel("risk from which one would treat", fontsize=FONT)
         ax.set_ylabel("net benefit", fontsize=FONT)
-        legend(ax, len(parts) + 2)
+        legend_below(ax)
         clean(ax, "y")
         return self
 
@@ -234,7 +238,9 @@ class PatternCalibrationDisplay:
         parts = dict(list(self.table.groupby("pattern", sort=False)))
         across = min(4, len(parts))
         down = -(-len(parts) // across)
-        figure = new_figure(figure, max(3.6, 2.7 * across), 3.2 * down + 0.2)
+        titles = {name: self._title(name, own) for name, own in parts.items()}
+        n_lines = max(title.count("\n") + 1 for title in titles.values())
+        figure = new_figure(figure, max(3.6, 2.7 * across), (2.5 + 0.24 * n_lines) * down + 0.2)
         grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
         self.figure_, self.axes_ = figure, dict(zip(parts, grid, strict=False))
         for ax in grid[len(parts) :]:
@@ -242,27 +248,32 @@ class PatternCalibrationDisplay:
         # One badly known bin must not squeeze all others into a corner.
         top = min(1.0, 1.15 * self.table[["predicted", "rate"]].to_numpy().max())
         for place, (name, own) in enumerate(parts.items()):
-            self._draw(grid[place], name, own, top)
+            self._draw(grid[place], titles[name], own, top)
             # Below the last panel of a column the labels would otherwise be hidden.
             grid[place].tick_params(labelbottom=place + across >= len(parts))
         figure.supxlabel("predicted risk", fontsize=FONT)
         figure.supylabel("observed rate", fontsize=FONT)
         return self
 
-    def _draw(self, ax, name, own, top):
+    def _title(self, name, own):
+        title = fitted(pattern_title(name, self.modalities), 27)
+        first, words = own.iloc[0], f"n = {own['n'].sum():,}"
+        if not np.isnan(first["slope"]):
+            words += f"\nintercept {first['intercept']:+.2f}, slope {first['slope']:.2f}"
+        return f"{title}\n{words}"
+
+    def _draw(self, ax, title, own, top):
         ax.plot([0, 1], [0, 1], color=BLACK, linestyle="--", linewidth=1, zorder=1)
         reach = np.abs(own[["lo", "hi"]].to_numpy().T - own["rate"].to_numpy())
-        ax.errorbar(own["predicted"], own["rate"], reach, fmt="o-", ms=5, color=BLUE,
-                    ecolor=GREY, elinewidth=2, linewidth=1.2, zorder=3, clip_on=False)  # fmt: skip
+        # Bars end at the panel, or they would run through its title; points at its edge are whole.
+        ax.errorbar(own["predicted"], own["rate"], reach, fmt="none", ecolor=POOLED, elinewidth=2)
+        ax.plot(own["predicted"], own["rate"], "o-", ms=5, color=BLUE, linewidth=1.2, zorder=3,
+                clip_on=False)  # fmt: skip
         ax.set_xlim(0, top)
         ax.set_ylim(0, top)
         ax.set_aspect("equal")
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
             axis.get_major_locator().set_params(nbins=4)
-        title = fitted(pattern_title(name, self.modalities), 27)
-        first, words = own.iloc[0], f"n = {own['n'].sum():,}"
-        if not np.isnan(first["slope"]):
-            words += f"\nintercept {first['intercept']:+.2f}, slope {first['slope']:.2f}"
-        ax.set_title(f"{title}\n{words}", fontsize=FONT - 1)
+        ax.set_title(title, fontsize=FONT - 1)
         clean(ax)

@@ -14,6 +14,7 @@ from ehrfuse.evaluation._resampling import (
     percentile_interval,
     resampled_weights,
 )
+from ehrfuse.evaluation.metrics import check_settings
 from ehrfuse.evaluation.missingness import rate_interval
 
 _NORMS = ("l1", "l2", "max")
@@ -230,7 +231,7 @@ def decision_curve(y, proba, *, thresholds=None, groups=None, n_resamples=1000, 
         One yes/no outcome, null where unknown.
     proba : array-like of shape (n_samples,) or (n_samples, 2), or dict of str to these
         Probabilities of held-out rows, of one or several models.
-    thresholds : array-like of float, default=None
+    thresholds : float or array-like of float, default=None
         Between 0 and 1; None is 0.01, 0.02, ..., 0.5. Choose those at which somebody would
         treat, before looking at the curve.
     groups : array-like of shape (n_samples,), default=None
@@ -266,11 +267,11 @@ def decision_curve(y, proba, *, thresholds=None, groups=None, n_resamples=1000, 
     0       0.25        0.444      0.333
     1       0.50        0.333      0.000
     """
-    thresholds = np.arange(1, 51) / 100 if thresholds is None else np.asarray(thresholds, float)
-    for threshold in thresholds.ravel():
-        _check_threshold(threshold)
-    check_scalar(n_resamples, "n_resamples", (int, np.integer), min_val=1)
+    thresholds = _as_thresholds(np.arange(1, 51) / 100 if thresholds is None else thresholds)
+    check_settings((), n_resamples, confidence)
     models = proba if isinstance(proba, dict) else {"model": proba}
+    if not models:
+        raise ValueError("proba is an empty dict; pass probabilities of at least one model.")
     checked = {name: _checked(y, own) for name, own in models.items()}
     tasks = next(iter(checked.values()))[0]
     known, codes = tasks.known[:, 0], group_codes(groups, len(tasks.labels))
@@ -311,6 +312,19 @@ def _check_threshold(threshold):
             f"threshold={threshold!r} must be a risk between 0 and 1, such as 0.2: that from which "
             "one would treat."
         )
+
+
+def _as_thresholds(thresholds):
+    """Thresholds as a vector; one number is one of them."""
+    found = np.atleast_1d(thresholds)
+    if found.ndim != 1 or not len(found) or found.dtype.kind not in "fiu":
+        raise ValueError(
+            f"thresholds={thresholds!r} must be one risk or a list of risks between 0 and 1, such "
+            "as [0.1, 0.2]."
+        )
+    for threshold in found.astype(float).tolist():
+        _check_threshold(threshold)
+    return found.astype(float)
 
 
 def _checked(y, proba):

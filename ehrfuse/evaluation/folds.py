@@ -7,7 +7,8 @@ import numpy as np
 from sklearn.base import clone
 from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
 
-from ehrfuse.evaluation._inputs import check_labels, group_values
+from ehrfuse.evaluation._features import is_same
+from ehrfuse.evaluation._inputs import check_labels, group_codes, group_values
 
 
 def out_of_fold(estimator, X, y, *, cv=5, groups=None):
@@ -49,6 +50,7 @@ def out_of_fold(estimator, X, y, *, cv=5, groups=None):
     >>> out_of_fold(LogisticRegression(), X, y).shape
     (20, 2)
     """
+    group_codes(groups, len(y), X)  # refuses what is no patient of every row
     groups = None if groups is None else np.asarray(group_values(groups, X))
     proba = None
     for train, test in make_splits(y, cv, groups):
@@ -68,18 +70,23 @@ def take(table, rows):
 def hide_groups(estimator, X, groups):
     """X as the model may see it, and the groups as an array.
 
-    A column named by `groups` is no feature: it goes, unless the estimator has a `groups` parameter
-    that names it too.
+    A column that tells the groups is no feature: it goes, unless the estimator has a `groups`
+    parameter that names it.
     """
     if groups is None:
         return X, None
     values = np.asarray(group_values(groups, X))
-    if not isinstance(groups, str):
-        return X, values
-    for name, value in estimator.get_params(deep=True).items():
-        if name.split("__")[-1] == "groups" and isinstance(value, str) and value == groups:
-            return X, values
-    return X.drop(columns=groups), values
+    params = estimator.get_params(deep=True).items()
+    named = [v for name, v in params if name.split("__")[-1] == "groups" and isinstance(v, str)]
+    away = [column for column in _group_columns(X, groups, values) if column not in named]
+    return (X.drop(columns=away) if away else X), values
+
+
+def _group_columns(X, groups, values):
+    """Columns that tell the groups: by the name given, by that of a Series, or by every value."""
+    name = groups if isinstance(groups, str) else getattr(groups, "name", None)
+    columns = getattr(X, "columns", ())
+    return [c for c in columns if (name is not None and c == name) or is_same(X[c], values)]
 
 
 def make_splits(y, cv, groups=None, seed=None):

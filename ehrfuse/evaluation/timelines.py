@@ -6,12 +6,20 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from ehrfuse._runtime import check_option, import_optional
-from ehrfuse.evaluation._style import COLOURS, FONT, clean, fitted, new_axes, new_figure
+from ehrfuse.evaluation._style import (
+    COLOURS,
+    FONT,
+    clean,
+    fitted,
+    mark_style,
+    new_axes,
+    new_figure,
+)
 from ehrfuse.evaluation.explanations import _stages, silhouette_report
 
 
 class EmbeddingDisplay:
-    """Patient vectors in the plane, one panel per stage, coloured by class.
+    """Patient vectors in the plane, one panel per stage; colour and shape tell the class.
 
     It is recommended to use `from_stages`; all parameters are stored.
 
@@ -101,19 +109,22 @@ class EmbeddingDisplay:
             With `figure_` and `axes_` set.
         """
         n = len(self.points)
-        figure = new_figure(figure, 3.4 * n + 0.6, 3.6)
+        figure = new_figure(figure, 3.4 * n + 1.0, 3.6)
         axes = figure.subplots(1, n, squeeze=False)[0]
         self.figure_, self.axes_ = figure, dict(zip(self.points, axes, strict=True))
         classes = np.unique(self.y)
         for name, ax in self.axes_.items():
-            for colour, value in zip(COLOURS * len(classes), classes, strict=False):
+            for place, value in enumerate(classes):
                 own = self.points[name][self.y == value]
-                ax.scatter(*own.T, s=9, color=colour, alpha=0.6, linewidth=0, label=str(value))
-            ax.set_title(f"{name}\nsilhouette {self.report.loc[name, 'silhouette']:.2f}",
-                         fontsize=FONT)  # fmt: skip
+                ax.scatter(*own.T, s=14, alpha=0.6, linewidth=0, label=fitted(value, 16, 1),
+                           **mark_style(place))  # fmt: skip
+            far = self.report.loc[name, "silhouette"]
+            ax.set_title(f"{fitted(name, 36, 1)}\nsilhouette {far:.2f}", fontsize=FONT)
             ax.set_xticks([])
             ax.set_yticks([])
-        axes[-1].legend(fontsize=FONT - 1, markerscale=2, frameon=False)
+        # Beside the last panel, where it covers no patient.
+        axes[-1].legend(fontsize=FONT - 1, markerscale=2, frameon=False, loc="upper left",
+                        bbox_to_anchor=(1.01, 1))  # fmt: skip
         return self
 
 
@@ -221,7 +232,9 @@ class TimelineDisplay:
     def _bars(self, ax):
         times, heights = self.table.columns.to_numpy(float), self.table.iloc[0].to_numpy(float)
         gap = np.diff(times).min(initial=np.inf)
-        ax.bar(times, heights, width=0.8 * (gap if np.isfinite(gap) else 1.0), color=COLOURS[0])
+        # Two visits close together in a long history must not make hairs of all bars.
+        width = max(0.8 * gap, np.ptp(times) / 400) if np.isfinite(gap) else 0.8
+        ax.bar(times, heights, width=width, color=COLOURS[0])
         ax.set_ylabel(f"{self.score} of {self.table.index[0].strip('()')}", fontsize=FONT)
         clean(ax, "y")
 
@@ -234,8 +247,13 @@ class TimelineDisplay:
             [fitted(name, 30, 1) for name in self.table.index],
             fontsize=FONT - 1,
         )
-        step = -(-self.table.shape[1] // 12)
-        places = range(0, self.table.shape[1], step)
-        labels = [f"{self.table.columns[i]:.4g}" for i in places]
-        ax.set_xticks(places, labels, fontsize=FONT - 1)
+        self._label_visits(ax)
         self.figure_.colorbar(image, ax=ax, label=self.score)
+
+    def _label_visits(self, ax):
+        """Times of as many visits as have room: about forty letters below the map."""
+        times = self.table.columns.to_numpy(float)
+        labels = [f"{t:.0f}" if abs(t) >= 100 else f"{t:.3g}" for t in times]
+        step = -(-len(labels) * (max(map(len, labels)) + 2) // 40)
+        places = range(0, len(labels), step)
+        ax.set_xticks(places, [labels[place] for place in places], fontsize=FONT - 1)

@@ -202,6 +202,22 @@ def test_missingness_set_after_the_outcome():
     assert "'v2'" not in report["missingness"].sentence
 
 
+@pytest.mark.parametrize(("rate", "verdict"), [(0.97, "leak"), (0.85, "warn")])
+def test_a_flag_is_a_leak_only_where_it_surely_tells(rate, verdict):
+    """The lower end of the interval decides; a point estimate above 0.80 alone is a warning."""
+    rng = np.random.default_rng(0)
+    y = (rng.random(300) < 0.3).astype(int)
+    X = pd.DataFrame({"v0": rng.normal(size=300)})
+    X["v1"] = np.where(rng.random(300) < np.where(y == 1, rate, 1.03 - rate), 1.5, np.nan)
+    finding = audit_leakage(None, X, y, checks=["missingness"])["missingness"]
+    row = finding.evidence.iloc[0]
+    assert finding.verdict == verdict
+    assert "'v1'" in finding.sentence
+    assert row["low"] < row["skill"]
+    assert row["skill"] >= 0.8
+    assert (row["low"] >= 0.8) == (verdict == "leak")
+
+
 def test_many_flags_that_tell_only_together():
     X, y, rng = world(1500)
     for name in [f"w{i}" for i in range(8)]:
@@ -724,6 +740,52 @@ def test_unknown_outcomes_and_odd_inputs():
         audit_leakage(None, X, y, groups="nobody")
     with pytest.raises(ValueError, match="could not convert"):
         audit_leakage(LogisticRegression(), X[["kind"]], y)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [{"a": 1}, [[1.0]], [1.0, "x"], [{"time": 1.0}, None], [{"time": 1.0}, "x"], np.eye(2)],
+    ids=["mapping", "nested", "mixed", "null among records", "word among records", "matrix"],
+)
+def test_columns_that_cannot_be_read_are_named(cell):
+    X, y, _ = world(100)
+    X["odd <b>"] = pd.Series([cell] * len(X))
+    report = audit_leakage(None, X, y, checks="missingness")
+    assert "Columns not read, their cells being of no known kind: 'odd <b>'." in report.about
+    assert "Columns not read" in str(report)
+    assert "not read" in report.to_html()
+    assert "odd <b>" not in report.to_html()
+    fine = audit_leakage(None, X.drop(columns="odd <b>"), y, checks="missingness")
+    assert "not read" not in str(fine)
+
+
+def test_unknown_labels_of_one_column_are_left_out():
+    X, y, _ = world(200)
+    X = numeric(X)
+    y = np.where(np.arange(200) < 20, np.nan, y)
+    vector = audit_leakage(LogisticRegression(), X, y, checks=["single_columns", "other_rows"])
+    for frame in (pd.DataFrame({"died": y}), y[:, None]):
+        report = audit_leakage(LogisticRegression(), X, frame, checks=list(CHECKS)[4:5] + FITS[-1:])
+        assert str(report) == str(vector)
+        assert "180 rows" in report.about
+
+
+def test_tasks_that_an_estimator_does_not_take_are_named():
+    X, y, _ = world(100)
+    tasks = pd.DataFrame({"a": y, "b": np.where(np.arange(100) < 9, np.nan, 1 - y)})
+    with pytest.raises(ValueError, match="1d array") as caught:
+        audit_leakage(LogisticRegression(), numeric(X), tasks, checks="other_rows")
+    assert "y with 2 tasks" in caught.value.__notes__[0]
+    with pytest.raises(ValueError, match="y has 0 dimensions; pass one label per row"):
+        audit_leakage(None, X, None)
+
+
+def test_time_is_named_by_its_own_name():
+    X, y, _ = world(100)
+    with pytest.raises(ValueError, match="time='nope' names no column here"):
+        audit_leakage(None, X, y, time="nope")
+    with pytest.raises(ValueError, match="time has 2 dimensions"):
+        audit_leakage(None, X, y, time=X[["v0"]])
 
 
 def test_an_estimator_that_fails_on_altered_labels_is_skipped():

@@ -24,7 +24,14 @@ from sklearn.svm import LinearSVC
 
 from ehrfuse import FusionClassifier
 from ehrfuse.datasets import make_ehr
-from ehrfuse.evaluation import bootstrap_scores, compare, paired_difference
+from ehrfuse.evaluation import (
+    audit_leakage,
+    bootstrap_scores,
+    compare,
+    decision_curve,
+    out_of_fold,
+    paired_difference,
+)
 
 FEW = {"n_resamples": 50}
 
@@ -348,3 +355,43 @@ def test_folds_as_pairs_of_rows_and_a_fold_of_one_class():
     prior = DummyClassifier(strategy="prior")
     found = compare({"d": prior}, X[:100], words, cv=cv, metrics=["brier"], **FEW).predictions["d"]
     assert found.iloc[[0, 99]].tolist() == [1.0, 0.0]  # each half has seen the other class only
+
+
+@pytest.mark.parametrize("kind", ["name", "series", "renamed", "array", "list"])
+def test_a_column_that_tells_the_groups_is_no_feature(kind):
+    X, y = case()
+    groups = {"name": "who", "series": X["who"].map(lambda who: who + 1000),
+              "renamed": X["who"].rename("other"), "array": X["who"].to_numpy(),
+              "list": X["who"].tolist()}[kind]  # fmt: skip
+    seen, own = [], []
+    compare({"blind": Spy(seen), "knows": Spy(own, groups="who")}, X, y, groups=groups, cv=3,
+            metrics="brier", **FEW)  # fmt: skip
+    assert {tuple(part) for train, test, _ in seen for part in (train, test)} == {("a", "b", "c")}
+    assert {tuple(train) for train, *_ in own} == {("a", "b", "c", "who")}
+
+
+BAD_GROUPS = {
+    "frame": (lambda n: pd.DataFrame({"who": range(n)}), "groups has 2 dimensions .DataFrame"),
+    "column": (lambda n: np.arange(n)[:, None], "groups has 2 dimensions .ndarray"),
+    "number": (lambda n: 3, "groups has 0 dimensions .int"),
+    "ragged": (lambda n: [[1], [1, 2]] * (n // 2), "groups has 2 dimensions .list"),
+    "short": (lambda n: np.arange(n - 1), "groups has 119 rows, but 120 are needed"),
+    "null": (lambda n: pd.Series(range(n)).where(lambda v: v > 3), "groups is null in 4 rows"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_GROUPS)
+def test_groups_that_are_no_patient_of_every_row(kind):
+    make, words = BAD_GROUPS[kind]
+    y, groups = np.tile([0, 1], 60), make(120)
+    X, p = pd.DataFrame({"a": np.arange(120.0)}), np.full(120, 0.5)
+    for ask in (
+        lambda: compare({"flat": DummyClassifier()}, X, y, groups=groups, cv=3, **FEW),
+        lambda: out_of_fold(DummyClassifier(), X, y, groups=groups, cv=3),
+        lambda: bootstrap_scores(y, p, groups=groups, n_resamples=5),
+        lambda: paired_difference(y, p, p, groups=groups, n_resamples=5),
+        lambda: decision_curve(y, p, groups=groups, n_resamples=5),
+        lambda: audit_leakage(None, X, y, groups=groups, checks="group_overlap"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ask()

@@ -168,3 +168,13 @@ def test_coverage_asks_for_known_labels_and_one_outcome():
 
     with pytest.raises(ValueError, match="several tasks"):
         ConformalByPattern(TwoTasks(), MODALITIES, confidence_level=0.8).conformalize(X, y)
+
+
+@pytest.mark.parametrize("score", ["aps", "top_k"])
+def test_scores_for_more_classes_than_two(score):
+    X, y = pd.DataFrame({"a": np.arange(100.0)}), np.arange(100) // 50
+    conformal = ConformalByPattern(
+        LogisticRegression().fit(X, y), {"all": "a"}, conformity_score=score
+    )
+    with pytest.raises(ValueError, match=f"'{score}' is for three classes and more.*use 'lac'"):
+        conformal.conformalize(X, y)

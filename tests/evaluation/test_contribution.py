@@ -7,6 +7,8 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import KFold, cross_validate
@@ -174,3 +176,15 @@ def test_refusals():
     many = {f"m{j}": Tabular(["c0"]) for j in range(9)}
     with pytest.raises(ValueError, match="There are 9 modalities; a scorer shares exactly"):
         contribution_scorer("auroc", many, method="shapley")(model, X, y)
+
+
+def test_an_estimator_that_does_not_predict_at_all_says_why_itself():
+    """Its error is not about a modality that is away."""
+    X, y = pd.DataFrame({"a": np.arange(40.0), "b": 1.0}), np.arange(40) % 2
+    model = FusionClassifier({"v": Tabular(["a"])}, max_epochs=1)
+    with pytest.raises(NotFittedError, match="not fitted yet"):
+        modality_contribution(model, X, y)
+    fitted = HistGradientBoostingClassifier(max_iter=2).fit(X[["a"]], y)
+    with pytest.raises(ValueError, match="seen at fit time") as caught:
+        modality_contribution(fitted, X, y, {"v": "a"})
+    assert "does not predict without" not in str(caught.value)

@@ -201,3 +201,20 @@ def test_no_slope_where_there_is_none():
     assert calibration_table([1, 1, 1], [0.2, 0.4, 0.6])["slope"].isna().all()
     apart = calibration_table([0, 0, 1, 1], [0.1, 0.2, 0.8, 0.9])
     assert apart["slope"].isna().all()
+
+
+def test_one_threshold_and_what_is_none():
+    y, p = [0, 1, 0, 1], [0.2, 0.7, 0.4, 0.9]
+    one = decision_curve(y, p, thresholds=0.3, n_resamples=5, random_state=0)
+    pd.testing.assert_frame_equal(
+        one, decision_curve(y, p, thresholds=[0.3], n_resamples=5, random_state=0)
+    )
+    for odd in ([], [[0.1, 0.2]], "half"):
+        with pytest.raises(ValueError, match="must be one risk or a list of risks"):
+            decision_curve(y, p, thresholds=odd)
+    with pytest.raises(ValueError, match=r"threshold=1\.0 must be a risk between 0 and 1"):
+        decision_curve(y, p, thresholds=1)
+    with pytest.raises(ValueError, match="proba is an empty dict; pass probabilities of at least"):
+        decision_curve(y, {})
+    with pytest.raises(TypeError, match="confidence must be an instance of float"):
+        decision_curve(y, p, confidence=95)

@@ -1,5 +1,7 @@
 """Each picture shows its table, fits its words, and takes axes or a figure that it is given."""
 
+import itertools
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -9,12 +11,15 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from ehrfuse import FusionClassifier, KnowledgeGraph, KnowledgeRetriever
 from ehrfuse.datasets import make_ehr
 from ehrfuse.evaluation import (
+    AttentionChangeDisplay,
     ComparisonDisplay,
     ContributionDisplay,
     DecisionCurveDisplay,
+    EmbeddingDisplay,
     KnowledgeEvidenceDisplay,
     MissingPatternDisplay,
     PatternCalibrationDisplay,
+    TimelineDisplay,
     TrainingHistoryDisplay,
     calibration_table,
     compare,
@@ -84,7 +89,7 @@ def test_calibration_by_pattern(model):
     pd.testing.assert_frame_equal(display.table, table)
     for pattern, ax in display.axes_.items():
         own = table[table["pattern"] == pattern]
-        np.testing.assert_array_equal(ax.containers[0].lines[0].get_ydata(), own["rate"])
+        np.testing.assert_array_equal(ax.lines[-1].get_ydata(), own["rate"])
         assert f"n = {own['n'].sum()}" in ax.get_title()
     assert display.axes_["gas+static"].get_title().startswith("everything present")
     assert display.axes_["static"].get_title().startswith("only static")
@@ -209,9 +214,83 @@ def test_concentrated_patterns_are_drawn_for_four_rows_in_five():
 
 def test_words_that_fit():
     assert fitted("short", 10) == "short"
-    assert fitted("a_column_without_any_space_in_it", 12, 1) == "a_column_..."
+    assert fitted("a_column_without_any_space_in_it", 12, 1) == "a_col...n_it"
     assert fitted("one two three four five six", 9, 2) == "one two\nthree..."
     assert pattern_title("a+b", list("abc")) == "without c"
     assert pattern_title("a", list("abc")) == "only a"
     assert pattern_title("other (3 patterns)", list("abc")) == "other (3 patterns)"
     assert pattern_title("(none)", list("abc")) == "nothing present"
+
+
+def boxes(figure, artists):
+    figure.canvas.draw()
+    return [artist.get_window_extent() for artist in artists]
+
+
+def test_long_titles_of_patterns_are_whole_and_no_bar_runs_through_one():
+    rng = np.random.default_rng(0)
+    names = ["vital signs", "laboratory values", "discharge note", "chest radiograph", "drugs"]
+    X = pd.DataFrame(rng.normal(size=(1500, 5))).mask(rng.random((1500, 5)) < 0.4)
+    X.columns = [f"c{i}" for i in range(5)]
+    p = rng.uniform(0.02, 0.6, 1500)
+    display = PatternCalibrationDisplay.from_predictions(
+        (rng.random(1500) < p).astype(int), p, X, dict(zip(names, X, strict=True)), min_count=20
+    )
+    assert_nothing_is_cut(display.figure_)
+    titles = boxes(display.figure_, [ax.title for ax in display.axes_.values()])
+    panels = boxes(display.figure_, [ax.patch for ax in display.axes_.values()])
+    assert not any(a.overlaps(b) for a in titles for b in titles if a is not b)
+    assert not any(title.overlaps(panel) for title in titles for panel in panels)
+    for ax in display.axes_.values():
+        (bars,) = ax.collections
+        assert bars.get_clip_on()
+
+
+def test_a_legend_covers_no_curve(model):
+    X, y = case(seed=1)
+    p = model.predict_proba(X)
+    few = DecisionCurveDisplay.from_predictions(y, {"a": p, "b": p}, n_resamples=5)
+    change = AttentionChangeDisplay.from_importances([1, 2], [2, 1], ["a", "b"]).plot()
+    for ax in (few.ax_, change.ax_):
+        box, panel, label = boxes(ax.figure, [ax.get_legend(), ax.patch, ax.xaxis.label])
+        assert not box.overlaps(panel)
+        assert not box.overlaps(label)
+        assert_nothing_is_cut(ax.figure)
+    one = DecisionCurveDisplay.from_predictions(y, p, thresholds=[0.2], n_resamples=5)
+    assert {line.get_marker() for line in one.ax_.lines[:2]} == {"o"}  # a line would not be seen
+
+
+def test_classes_differ_by_shape_too():
+    rng = np.random.default_rng(0)
+    y = np.arange(80) % 8
+    display = EmbeddingDisplay.from_stages({"z": rng.normal(size=(80, 3))}, y, method="pca")
+    ax = display.axes_["z"]
+    shapes = {tuple(part.get_paths()[0].vertices.ravel()) for part in ax.collections[:7]}
+    assert len(shapes) == 7
+    looks = {
+        (*part.get_paths()[0].vertices.ravel(), *part.get_facecolor()[0]) for part in ax.collections
+    }
+    assert len(looks) == 8
+    box, panel = boxes(display.figure_, [ax.get_legend(), ax.patch])
+    assert not box.overlaps(panel)
+    assert_nothing_is_cut(display.figure_)
+
+
+@pytest.mark.parametrize("n_visits", [12, 90])
+def test_times_of_many_visits_do_not_overlap(n_visits):
+    visits = np.repeat(np.arange(n_visits), 2)
+    told = pd.DataFrame({"row": 0, "visit": visits, "time": (visits - n_visits) * 1234.56,
+                         "feature": ["systolic blood pressure at home, left",
+                                     "systolic blood pressure at home, right"] * n_visits,
+                         "weight": 1.0})  # fmt: skip
+    display = TimelineDisplay.from_explanation(told, unit="hours")
+    ax = display.ax_
+    labels = boxes(display.figure_, ax.get_xticklabels())
+    assert len(labels) > 2
+    assert not any(a.overlaps(b) for a, b in itertools.pairwise(labels))
+    assert len({label.get_text() for label in ax.get_yticklabels()}) == 2
+    assert_nothing_is_cut(display.figure_)
+    own = told[told["feature"] == told["feature"].iloc[0]].copy()
+    own.loc[own.index[-1], "time"] = own["time"].iloc[-2] + 0.001  # two visits in one minute
+    bars = TimelineDisplay.from_explanation(own).ax_.patches
+    assert min(bar.get_width() for bar in bars) > np.ptp(own["time"]) / 500

@@ -232,7 +232,7 @@ def _state_of(x):
     if isinstance(x, KnowledgeGraph):
         return _graph_state(x)
     state = _encoding.state_of(x)
-    if state is not None and isinstance(x, base.TorchEstimator | modalities.Modality):
+    if state is not None:
         # Folders of this machine say nothing elsewhere, and may name somebody.
         state = _without_places(state)
         if "built_with_" in state:

@@ -65,7 +65,4 @@ print(aligner.retrieve(test.head(1), memory=train, k=3)[["similarity", "note"]].
 
 # %%
 # Which columns gained attention by the notes.
-display = AttentionChangeDisplay.from_estimators(
-    starts["masked"], aligner, labels=("masked", "aligned")
-)
-display.plot()
+AttentionChangeDisplay.from_estimators(starts["masked"], aligner, labels=("masked", "aligned"))

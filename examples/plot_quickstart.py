@@ -77,6 +77,6 @@ print(table.to_string())
 # %%
 # Which panels come together, and how often each combination ends in death.
 
-MissingPatternDisplay.from_frame(X, data.modalities, y).plot()
+MissingPatternDisplay.from_frame(X, data.modalities, y)
 plt.savefig("quickstart_patterns.png", dpi=120, bbox_inches="tight")
 print(f"saved quickstart_patterns.png, {time.perf_counter() - started:.0f} s in all")

@@ -1034,6 +1034,17 @@ def test_folders_of_this_machine_stay_here(tmp_path):
     assert clf.checkpoint == str(place)  # the one at hand keeps its own
 
 
+def test_folders_of_other_parts_stay_here_too(tmp_path):
+    place = str(tmp_path / "of-somebody")
+    retriever = KnowledgeRetriever(graph(), cache=place)
+    pipe = Pipeline([("facts", retriever), ("rest", "passthrough")], memory=place)
+    ehrfuse.save(pipe, tmp_path / "model.zip")
+    assert b"of-somebody" not in (tmp_path / "model.zip").read_bytes()
+    again = ehrfuse.load(tmp_path / "model.zip")
+    assert (again.memory, again.steps[0][1].cache) == (None, None)
+    assert (pipe.memory, retriever.cache) == (place, place)
+
+
 def test_a_failed_write_leaves_the_model_of_before(saved, tmp_path, monkeypatch):
     path, folder = tmp_path / "model.zip", tmp_path / "model"
     ehrfuse.save(saved.clf, path)

@@ -51,8 +51,8 @@ class AttentionChangeDisplay:
         self.labels = labels
 
     @classmethod
-    def from_importances(cls, before, after, names, *, labels=("before", "after")):
-        """Compare two lists of importances.
+    def from_importances(cls, before, after, names, *, labels=("before", "after"), **options):
+        """Draw two lists of importances.
 
         Parameters
         ----------
@@ -60,6 +60,8 @@ class AttentionChangeDisplay:
             Scaled here to sum to one each.
         names : list of str
         labels : tuple of str, default=("before", "after")
+        **options : optional
+            See `plot`.
 
         Returns
         -------
@@ -75,17 +77,19 @@ class AttentionChangeDisplay:
         table = pd.DataFrame({"before": both[0], "after": both[1]}, index=list(names))
         table["change"] = table["after"] - table["before"]
         order = table["change"].abs().sort_values(ascending=False, kind="stable").index
-        return cls(table.loc[order], labels=labels)
+        return cls(table.loc[order], labels=labels).plot(**options)
 
     @classmethod
-    def from_estimators(cls, before, after, *, labels=("before", "after")):
-        """Compare two fitted estimators on the columns that both have.
+    def from_estimators(cls, before, after, *, labels=("before", "after"), **options):
+        """Draw two fitted estimators on the columns that both have.
 
         Parameters
         ----------
         before, after : fitted estimators
             With ``feature_importances_`` and ``feature_names_in_``.
         labels : tuple of str, default=("before", "after")
+        **options : optional
+            See `plot`.
 
         Returns
         -------
@@ -101,7 +105,8 @@ class AttentionChangeDisplay:
                 "The two estimators share no column that either attends to; fit both on the same "
                 "table."
             )
-        return cls.from_importances(parts[0][names], parts[1][names], names, labels=labels)
+        before, after = parts[0][names], parts[1][names]
+        return cls.from_importances(before, after, names, labels=labels, **options)
 
     def plot(self, *, ax=None, max_columns=15):
         """Draw one line a column, from its importance before to that after.

@@ -275,7 +275,8 @@ class KnowledgeRetriever(TransformerMixin, BaseEstimator):
             p["graph"], p["cutoff"], p["control"] == "shuffled", p["random_state"],
             tuple(sorted((p["abbreviations"] or {}).items())), p["fuzzy"],
             tuple(map(tuple, p["passages"])), p["follow"], p["hub_penalty"], p["budget"],
-            p["redundancy"], p["coverage"], tuple(p["rankers"]), p["encoder"], p["cache"],
+            p["redundancy"], p["coverage"], tuple(p["rankers"]), p["encoder"],
+            p.get("cache"),  # a folder is not saved
         )  # fmt: skip
         graph = self._engine.graph
         self._coder = CodeLinker(graph, equivalence=p["equivalence"], maps=p["maps"])

@@ -28,8 +28,9 @@ def test_any_two_estimators_with_importances():
 def test_picture():
     pyplot = pytest.importorskip("matplotlib.pyplot")
     names = [f"c{j}" for j in range(30)]
-    display = AttentionChangeDisplay.from_importances(np.arange(30), np.arange(30)[::-1], names)
-    display.plot(max_columns=4)
+    display = AttentionChangeDisplay.from_importances(
+        np.arange(30), np.arange(30)[::-1], names, max_columns=4
+    )
     assert len(display.ax_.get_yticks()) == 4
     assert display.figure_ is display.ax_.figure
     _, ax = pyplot.subplots()

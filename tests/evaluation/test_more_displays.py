@@ -250,7 +250,7 @@ def test_a_legend_covers_no_curve(model):
     X, y = case(seed=1)
     p = model.predict_proba(X)
     few = DecisionCurveDisplay.from_predictions(y, {"a": p, "b": p}, n_resamples=5)
-    change = AttentionChangeDisplay.from_importances([1, 2], [2, 1], ["a", "b"]).plot()
+    change = AttentionChangeDisplay.from_importances([1, 2], [2, 1], ["a", "b"])
     for ax in (few.ax_, change.ax_):
         box, panel, label = boxes(ax.figure, [ax.get_legend(), ax.patch, ax.xaxis.label])
         assert not box.overlaps(panel)

@@ -236,6 +236,15 @@ def test_string_labels_and_several_classes(cohort, modalities):
     assert set(clf.predict(cohort.X)) <= set(y)
 
 
+def test_score_names_unknown_labels(cohort, modalities):
+    y = pd.DataFrame({"death": [0, 1, 1] * 40, "stay": [1, 0, pd.NA] * 40}, dtype="Int64")
+    clf = FusionClassifier(modalities, **FAST).fit(cohort.X, y)
+    for unknown in (y, y.to_numpy("float64", na_value=np.nan)):
+        with pytest.raises(ValueError, match=r"score needs every label; .*masked_scorer"):
+            clf.score(cohort.X, unknown)
+    assert 0 <= clf.score(cohort.X, y.fillna(0)) <= 1
+
+
 def test_regression_of_one_and_several_values(cohort, modalities):
     y = cohort.latent * 10 + 50
     reg = FusionRegressor(modalities, **FAST | {"max_epochs": 30}).fit(cohort.X, y)

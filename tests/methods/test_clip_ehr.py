@@ -163,6 +163,14 @@ def test_topics_are_the_latent_semantic_analysis_of_the_notes(aligner, data):
     assert once.std() == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_equal_notes_have_no_topics_of_rounding(data):
+    X = data[0].assign(note="fever and cough for days")
+    found = ClipEHRAligner(MODALITIES, **ALIGNER).fit(X)
+    assert found.module_.notes["note"].topics.abs().max() < 100
+    assert np.isfinite(found.history_[-1]["train_loss"])
+
+
 # ---------------------------------------------------------------- fine-tuning
 
 

@@ -304,6 +304,11 @@ def test_refusals(folder, rows, frozen, generator):
         clone(good).set_params(max_new_tokens=254).fit(X)
     with pytest.raises(ValueError, match="n_prefix == 0"):
         clone(good).set_params(n_prefix=0).fit(X)
+    for name, value in [("model", None), ("note", ["note"])]:
+        with pytest.raises(TypeError, match=f"{name} must be an instance of"):
+            clone(good).set_params(**{name: value}).fit(X)
+    with pytest.raises(TypeError, match="max_new_tokens must be an instance of"):
+        clone_with_weights(generator, max_new_tokens=2.5).generate(X)
     with pytest.raises(ValueError, match="max_epochs == 0"):
         make(folder, max_epochs=0).fit(nothing)  # said before anything is fitted
     with pytest.raises(ValueError, match="is no folder on this machine"):

@@ -13,7 +13,7 @@ def cut_sections(notes, pattern):
     for row, note in enumerate(notes.to_numpy(dtype=object)):
         if isinstance(note, str):
             parts = [note] if pattern is None else re.split(pattern, note)
-            parts = [part for part in parts if part.strip()]
+            parts = [part for part in parts if part and part.strip()]  # None: a group unmatched
             rows += [row] * len(parts)
             numbers += range(len(parts))
             texts += parts

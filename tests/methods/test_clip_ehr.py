@@ -149,6 +149,23 @@ def test_retrieval_of_sections(aligner, data):
         aligner.retrieve(X.head(1), memory.iloc[[1]])
 
 
+def test_texts_that_are_no_list_are_refused(aligner, data):
+    """One str is a list of letters: without a word it would be read as so many notes."""
+    X, _ = data
+    with pytest.raises(ValueError, match="X is one str; give a list"):
+        aligner.transform_text("fever cough")
+    with pytest.raises(ValueError, match="prompts is one str"):
+        aligner.zero_shot_proba(X, "fever cough")
+    for odd in (["fever", 3], {"a": "fever", "b": []}, [["fever"], ["rash", None]]):
+        with pytest.raises(ValueError, match="Class 1 of prompts needs a text"):
+            aligner.zero_shot_proba(X, odd)
+    for memory in (X[COLUMNS], X["note"], list(X["note"])):
+        with pytest.raises(ValueError, match="DataFrame with the notes in a column 'note'"):
+            aligner.retrieve(X.head(1), memory)
+    found = aligner.retrieve(X.head(1), pd.DataFrame({"note": ["a fever. rash"]}), sections="(z)?[.]")
+    assert sorted(found["note"]) == [" rash", "a fever"]
+
+
 # ---------------------------------------------------------------- topics
 
 

@@ -90,6 +90,7 @@ def test_wrong_frames_are_explained(cohort, modalities):
         ({"lr": -1.0}, "lr == -1.0, must be > 0"),
         ({"validation_fraction": 1.5}, "validation_fraction == 1.5, must be < 1"),
         ({"fusion": "sum"}, "fusion='sum' is not known; choose one of 'mean', 'concat'"),
+        ({"freeze": "encoders"}, r"freeze is one str; .*\('encoders',\)"),
         ({"freeze": ("encoders.lab",)}, r"freeze names 'encoders.lab'.*encoders.vitals"),
         ({"device": "cuda:7"}, "torch finds no GPU here|CUDA|invalid"),
     ],

@@ -162,7 +162,8 @@ def test_texts_that_are_no_list_are_refused(aligner, data):
     for memory in (X[COLUMNS], X["note"], list(X["note"])):
         with pytest.raises(ValueError, match="DataFrame with the notes in a column 'note'"):
             aligner.retrieve(X.head(1), memory)
-    found = aligner.retrieve(X.head(1), pd.DataFrame({"note": ["a fever. rash"]}), sections="(z)?[.]")
+    memory = pd.DataFrame({"note": ["a fever. rash"]})
+    found = aligner.retrieve(X.head(1), memory, sections="(z)?[.]")
     assert sorted(found["note"]) == [" rash", "a fever"]
 
 

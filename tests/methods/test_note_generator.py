@@ -288,7 +288,7 @@ def test_without_the_language_model(rows, frozen, folder, tmp_path):
     loaded = ehrfuse.load(tmp_path / "m.zip"), pickle.loads(pickle.dumps(found))
     for again in loaded:
         for call in (again.generate, again.score):
-            with pytest.raises(ValueError, match="'.*copy' is no folder on this machine"):
+            with pytest.raises(ValueError, match=r"'.*copy' is no folder on this machine"):
                 call(X)
     (tmp_path / "elsewhere").rename(copy)
     for again in loaded:

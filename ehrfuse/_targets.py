@@ -9,6 +9,7 @@ nothing but the rates: where a head begins.
 import warnings
 
 import numpy as np
+import pandas as pd
 import torch
 from sklearn.utils import assert_all_finite, column_or_1d
 from sklearn.utils.class_weight import compute_class_weight
@@ -40,9 +41,10 @@ class ClassTarget:
 
     def __init__(self, y, class_weight=None):
         y = column_or_1d(y, warn=True)
-        if y.dtype.kind == "f" and np.isnan(y).any():
+        unknown = pd.isna(y)  # None and pd.NA too, or sorting the classes would fail
+        if unknown.any():
             raise ValueError(
-                f"Input y contains NaN: {int(np.isnan(y).sum())} labels are unknown; leave those "
+                f"Input y contains NaN: {int(unknown.sum())} labels are unknown; leave those "
                 "rows out (unknown labels are allowed where y has several tasks)."
             )
         assert_all_finite(y, input_name="y")

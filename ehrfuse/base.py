@@ -442,9 +442,19 @@ class ScoresByName:
         Returns
         -------
         score : float
+            Of several tasks the share of rows in which all are right; where labels are unknown
+            take `ehrfuse.evaluation.masked_scorer`.
         """
         check_is_fitted(self)
-        return super().score(X, by_name(y, self.target_.task_names), sample_weight)
+        if np.asarray(pd.isna(y)).any():
+            raise ValueError(
+                "Input y contains NaN: score needs every label; leave those rows out, or score "
+                "a classifier's tasks by ehrfuse.evaluation.masked_scorer."
+            )
+        names = self.target_.task_names
+        if names is not None and hasattr(y, "columns"):  # nullable dtypes would become objects
+            y = by_name(y, names).to_numpy("float64")
+        return super().score(X, y, sample_weight)
 
 
 class TorchClassifier(ScoresByName, ClassifierMixin, TorchEstimator):

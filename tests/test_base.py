@@ -90,6 +90,7 @@ def test_wrong_frames_are_explained(cohort, modalities):
         ({"lr": -1.0}, "lr == -1.0, must be > 0"),
         ({"validation_fraction": 1.5}, "validation_fraction == 1.5, must be < 1"),
         ({"fusion": "sum"}, "fusion='sum' is not known; choose one of 'mean', 'concat'"),
+        ({"freeze": "encoders"}, r"freeze is one str; .*\('encoders',\)"),
         ({"freeze": ("encoders.lab",)}, r"freeze names 'encoders.lab'.*encoders.vitals"),
         ({"device": "cuda:7"}, "torch finds no GPU here|CUDA|invalid"),
     ],
@@ -234,6 +235,15 @@ def test_string_labels_and_several_classes(cohort, modalities):
     assert list(clf.classes_) == ["home", "icu", "ward"]
     np.testing.assert_allclose(clf.predict_proba(cohort.X).sum(1), 1, rtol=1e-6)
     assert set(clf.predict(cohort.X)) <= set(y)
+
+
+def test_score_names_unknown_labels(cohort, modalities):
+    y = pd.DataFrame({"death": [0, 1, 1] * 40, "stay": [1, 0, pd.NA] * 40}, dtype="Int64")
+    clf = FusionClassifier(modalities, **FAST).fit(cohort.X, y)
+    for unknown in (y, y.to_numpy("float64", na_value=np.nan)):
+        with pytest.raises(ValueError, match=r"score needs every label; .*masked_scorer"):
+            clf.score(cohort.X, unknown)
+    assert 0 <= clf.score(cohort.X, y.fillna(0)) <= 1
 
 
 def test_regression_of_one_and_several_values(cohort, modalities):

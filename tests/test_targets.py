@@ -152,6 +152,21 @@ def test_bad_y_is_explained(y, message):
         classification_target(np.array(y))
 
 
+@pytest.mark.parametrize(
+    "y",
+    [
+        pd.Series(["a", None, "b"], dtype=object),
+        pd.Series(["a", None, "b"], dtype="string"),
+        pd.Series(["a", None, "b"], dtype="category"),
+        pd.Series([True, None, False], dtype="boolean"),
+        pd.array([1, None, 0], dtype="Int64"),
+    ],
+)
+def test_unknown_labels_of_any_type_are_explained(y):
+    with pytest.raises(ValueError, match="Input y contains NaN: 1 labels are unknown; leave"):
+        classification_target(y)
+
+
 def test_label_unseen_in_fit_is_explained():
     target = ClassTarget(np.array(["a", "b"]))
     with pytest.raises(ValueError, match="'c', which was not among the classes of fit"):

@@ -3,6 +3,8 @@
 Axes: b - batch, k - prefix vectors, t - tokens of a note, v - width of a token.
 """
 
+from functools import cached_property
+
 from torch import nn
 
 from ehrfuse import _hub_causal
@@ -28,7 +30,12 @@ class PrefixCore(Core):
         super().__init__({"record": encoder}, heads=head)
         self.n_outputs = width
         # In the unit of the model's own words, or one learning rate would not suit all models.
-        self.unit, self.size, self.info = note.unit_, note.size_, note.info()
+        self.unit, self.size, self.note = note.unit_, note.size_, note
+
+    @cached_property
+    def info(self):
+        """The language model; looked up when it is read, so that loading does without."""
+        return self.note.info()
 
     def forward(self, batch):
         """What stands before a note (b, k, v)."""

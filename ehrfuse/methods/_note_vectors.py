@@ -13,7 +13,7 @@ def cut_sections(notes, pattern):
     for row, note in enumerate(notes.to_numpy(dtype=object)):
         if isinstance(note, str):
             parts = [note] if pattern is None else re.split(pattern, note)
-            parts = [part for part in parts if part.strip()]
+            parts = [part for part in parts if part and part.strip()]  # None: a group unmatched
             rows += [row] * len(parts)
             numbers += range(len(parts))
             texts += parts
@@ -46,9 +46,12 @@ def learn_topics(block, rows, modality, n_topics, seed):
     rank = min(n_topics, min(counts.shape) - 1)
     if rank > 0:
         found = TruncatedSVD(rank, random_state=seed)
-        place = found.fit_transform(counts)
-        # One unit for all topics, so that the common ones count most.
-        unit = np.sqrt(place.var(0).sum() / n_topics) or 1.0
+        with np.errstate(divide="ignore", invalid="ignore"):  # its share of a variance of zero
+            place = found.fit_transform(counts)
+        # One unit for all topics, so that the common ones count most. Equal notes differ by
+        # rounding alone, which is no unit.
+        spread = place.var(0).sum()
+        unit = np.sqrt(spread / n_topics) if spread > 1e-9 * (place**2).mean(0).sum() else 1.0
         topics[:, :rank] = (found.components_ * rare / unit).T
         center[:rank] = place.mean(0) / unit
     return {"topics": topics, "center": center}

@@ -401,6 +401,8 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
         """
         check_is_fitted(self)
         columns = self._note_columns()
+        if isinstance(X, str):
+            raise ValueError("X is one str; give a list of texts, such as [text].")
         if not isinstance(X, pd.DataFrame):
             X = pd.DataFrame({columns[0]: pd.Series(list(X), dtype=object)})
         lost = [c for c in columns if c not in X.columns]
@@ -439,10 +441,7 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
             In the order of `prompts`. Not calibrated: the alignment never saw an outcome.
         """
         check_is_fitted(self)
-        classes = list(prompts.values()) if isinstance(prompts, dict) else list(prompts)
-        if len(classes) < 2:
-            raise ValueError(f"prompts holds {len(classes)} class; give at least two.")
-        classes = [[c] if isinstance(c, str) else list(c) for c in classes]
+        classes = _phrasings(prompts)
         self._refuse_unknown_words([text for phrasings in classes for text in phrasings])
         place = np.stack([self.transform_text(phrasings).mean(0) for phrasings in classes])
         place /= np.linalg.norm(place, axis=1, keepdims=True).clip(1e-12)
@@ -544,7 +543,11 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
             in `memory`), ``section`` (its number in the note) and ``note``, its text.
         """
         check_scalar(k, "k", Integral, min_val=1)
-        memory_row, section, texts = cut_sections(memory[self._note_columns()[0]], sections)
+        check_is_fitted(self)
+        column = self._note_columns()[0]
+        if not isinstance(memory, pd.DataFrame) or column not in memory.columns:
+            raise ValueError(f"memory must be a DataFrame with the notes in a column {column!r}.")
+        memory_row, section, texts = cut_sections(memory[column], sections)
         if not len(texts):
             raise ValueError("memory holds no note; give rows with notes.")
         k = min(k, len(texts))
@@ -559,6 +562,21 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
             "section": section[found],
             "note": np.array(texts, dtype=object)[found],
         })  # fmt: skip
+
+
+def _phrasings(prompts):
+    """Texts of every class, from one or several a class."""
+    if isinstance(prompts, str):
+        raise ValueError("prompts is one str; give a list of texts, one a class.")
+    classes = list(prompts.values()) if isinstance(prompts, dict) else list(prompts)
+    if len(classes) < 2:
+        raise ValueError(f"prompts holds {len(classes)} class; give at least two.")
+    classes = [[c] if isinstance(c, str) else c for c in classes]
+    for number, texts in enumerate(classes):
+        known = isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)
+        if not (known and texts):
+            raise ValueError(f"Class {number} of prompts needs a text (str), or a list of texts.")
+    return classes
 
 
 def _ranks(a, b):

@@ -13,7 +13,18 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import check_scalar
 from sklearn.utils.validation import check_is_fitted
 
+from ehrfuse.modalities._base import describe
+from ehrfuse.modalities._numbers import _float64
+
 __all__ = ["LabTextifier", "NoteSectionizer"]
+
+
+def _refuse_other_than_frame(X):
+    if not isinstance(X, pd.DataFrame):
+        raise ValueError(f"X is {type(X).__name__}; it must be a pandas DataFrame.")
+    twice = list(X.columns[X.columns.duplicated()])
+    if twice:
+        raise ValueError(f"X has columns of the same name: {twice[:5]}; every name must be unique.")
 
 
 class LabTextifier(TransformerMixin, BaseEstimator):
@@ -101,6 +112,7 @@ class LabTextifier(TransformerMixin, BaseEstimator):
             self.coverage, "coverage", Real, min_val=0, max_val=1, include_boundaries="neither"
         )
         check_scalar(self.max_items, "max_items", Integral, min_val=1)
+        _refuse_other_than_frame(X)
         numeric = X.select_dtypes("number").columns
         self.columns_ = list(numeric if self.columns is None else self.columns)
         self.feature_names_in_ = np.array(X.columns, dtype=object)
@@ -120,10 +132,17 @@ class LabTextifier(TransformerMixin, BaseEstimator):
         return self
 
     def _values(self, X):
+        _refuse_other_than_frame(X)
         lost = [c for c in self.columns_ if c not in X.columns]
         if lost:
             raise ValueError(f"X lacks columns {lost}; add them, with nulls where not measured.")
-        return {c: pd.to_numeric(X[c]).to_numpy("float64", na_value=np.nan) for c in self.columns_}
+        values = {c: _float64(X[c]) for c in self.columns_}
+        infinite = [c for c, v in values.items() if np.isinf(v).any()]
+        if infinite:
+            raise ValueError(
+                f"Columns {infinite} hold infinity; replace it by a null cell or a finite number."
+            )
+        return values
 
     def transform(self, X):
         """Add the text column.
@@ -245,6 +264,7 @@ class NoteSectionizer(TransformerMixin, BaseEstimator):
         for name in ("sections", "hide_terms"):
             if isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a tuple of str, got one str; put it in brackets.")
+        _refuse_other_than_frame(X)
         self.feature_names_in_ = np.array(X.columns, dtype=object)
         return self
 
@@ -260,12 +280,19 @@ class NoteSectionizer(TransformerMixin, BaseEstimator):
         X_out : DataFrame of shape (n_samples, n_columns)
         """
         check_is_fitted(self)
+        _refuse_other_than_frame(X)
         if self.column not in X.columns:
             raise ValueError(f"X has no column {self.column!r}; name the column of the notes.")
         terms = sorted(self.hide_terms, key=len, reverse=True)
         pattern = "|".join(rf"(?<!\w){re.escape(term)}(?!\w)" for term in terms)
         hidden = re.compile(pattern, re.IGNORECASE) if terms else None
         notes = X[self.column]
+        for row, (note, gone) in enumerate(zip(notes, notes.isna(), strict=True)):
+            if not (gone or isinstance(note, str)):
+                raise ValueError(
+                    f"Column {self.column!r} needs text (str) or null; row {row} holds "
+                    f"{describe(note)}. Convert the cell to str."
+                )
         kept = [
             None if gone else self._shorten(self._keep(note), hidden)
             for note, gone in zip(notes, notes.isna(), strict=True)

@@ -178,8 +178,9 @@ class MaskedLabCore(Core):
         """Which values to hide: bool (b, t)."""
         noise = torch.rand(code.shape, device=code.device)
         if not self.training:
-            # NOTE[DIFF] Always the same task, or `score` could not compare ways of masking.
-            return hide(noise, maskable, SCORED)
+            # NOTE[DIFF] Always the same task, or `score` could not compare ways of masking. One
+            # value at least, or rows of two or three would count for nothing.
+            return hide(noise, maskable, (1 / maskable.sum(1).clamp(min=1)).clamp(min=SCORED))
         if self.masking == "proportional":  # Gumbel noise: the highest keys are drawn by rate
             rate = self.get_buffer(f"rate_{name}")
             noise = rate[code.long()].log() - torch.log(-torch.log(noise.clamp(1e-9, 1 - 1e-7)))
@@ -303,8 +304,8 @@ class MaskedLabPretrainer(TorchEncoder):
       is asked, nor on the batch;
     * values enter as normal scores (their quantiles among the training rows) and leave in standard
       deviations, unbounded; ReMasker squashes both into the range of the training rows;
-    * validation rows and `score` hide a quarter at random whatever `masking` says, so that
-      candidates of a grid search are compared on the same task;
+    * validation rows and `score` hide a quarter at random, at least one value of two, whatever
+      `masking` says, so that candidates of a grid search are compared on the same task;
     * in a stream, a question is told the visible values of its own analyte, near in time and
       overall, and visible values are not asked for;
     * MEDFuse names no sizes, no scaling and no embedding; those here are ours.

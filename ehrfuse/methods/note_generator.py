@@ -152,6 +152,8 @@ class NoteGenerator(BaseEstimator):
             )
         for name in ("n_prefix", "max_note_tokens", "max_new_tokens"):
             check_scalar(getattr(self, name), name, Integral, min_val=1)
+        check_scalar(self.model, "model", str)
+        check_scalar(self.note, "note", (str, type(None)))
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         options = self.get_params(deep=False) | {"random_state": seed}
         names = PrefixWriter._get_param_names()
@@ -227,7 +229,8 @@ class NoteGenerator(BaseEstimator):
         written = self._written(X)
         records, here = self._records(X)
         both = self._some(here & written)
-        return records.assign(note=X[self.note_].to_numpy(dtype=object))[both]
+        notes = X[self.note_].to_numpy(dtype=object)
+        return records.assign(note=pd.Series(notes, dtype=object))[both]
 
     # ------------------------------------------------------------ write
 
@@ -245,6 +248,7 @@ class NoteGenerator(BaseEstimator):
             With the index of X; null where a row has no record.
         """
         check_is_fitted(self, "writer_")
+        check_scalar(self.max_new_tokens, "max_new_tokens", Integral, min_val=1)
         info = self.writer_.modalities_["note"].info()
         self._check_room(info, self.max_new_tokens)
         records, here = self._records(X)

@@ -109,6 +109,8 @@ class Core(nn.Module):
     def freeze(self, prefixes: Iterable[str]) -> None:
         """Fix the parts named, e.g. ``"encoders.vitals"``; dropout and norms stay in eval mode."""
         self._frozen = []
+        if isinstance(prefixes, str):  # its letters would be read as parts
+            raise ValueError(f"freeze is one str; give a tuple of parts, ({prefixes!r},).")
         for prefix in prefixes:
             try:
                 self._frozen.append(self.get_submodule(prefix))

@@ -149,6 +149,24 @@ def test_retrieval_of_sections(aligner, data):
         aligner.retrieve(X.head(1), memory.iloc[[1]])
 
 
+def test_texts_that_are_no_list_are_refused(aligner, data):
+    """One str is a list of letters: without a word it would be read as so many notes."""
+    X, _ = data
+    with pytest.raises(ValueError, match="X is one str; give a list"):
+        aligner.transform_text("fever cough")
+    with pytest.raises(ValueError, match="prompts is one str"):
+        aligner.zero_shot_proba(X, "fever cough")
+    for odd in (["fever", 3], {"a": "fever", "b": []}, [["fever"], ["rash", None]]):
+        with pytest.raises(ValueError, match="Class 1 of prompts needs a text"):
+            aligner.zero_shot_proba(X, odd)
+    for memory in (X[COLUMNS], X["note"], list(X["note"])):
+        with pytest.raises(ValueError, match="DataFrame with the notes in a column 'note'"):
+            aligner.retrieve(X.head(1), memory)
+    memory = pd.DataFrame({"note": ["a fever. rash"]})
+    found = aligner.retrieve(X.head(1), memory, sections="(z)?[.]")
+    assert sorted(found["note"]) == [" rash", "a fever"]
+
+
 # ---------------------------------------------------------------- topics
 
 
@@ -161,6 +179,14 @@ def test_topics_are_the_latent_semantic_analysis_of_the_notes(aligner, data):
     np.testing.assert_allclose(once, words.numpy(), atol=1e-5)
     assert np.ptp(once.std(0)) > 0.1  # not whitened: common topics count most
     assert once.std() == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_equal_notes_have_no_topics_of_rounding(data):
+    X = data[0].assign(note="fever and cough for days")
+    found = ClipEHRAligner(MODALITIES, **ALIGNER).fit(X)
+    assert found.module_.notes["note"].topics.abs().max() < 100
+    assert np.isfinite(found.history_[-1]["train_loss"])
 
 
 # ---------------------------------------------------------------- fine-tuning

@@ -354,6 +354,20 @@ def test_score_compares_ways_of_masking_on_one_task():
     assert model.module_.masking == model.masking
 
 
+def test_small_panels_are_scored():
+    """A quarter of two or three values is none: the score would be 0, whatever was learned."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=120)
+    X = pd.DataFrame({"a": x, "b": x + 0.1 * rng.normal(size=120)})
+    options = {"width": 16, "n_layers": 1, "random_state": 0}
+    good, poor = (
+        MaskedLabPretrainer(**options, lr=lr, max_epochs=8, validation_fraction=0.2).fit(X)
+        for lr in (3e-2, 1e-6)
+    )
+    assert poor.score(X) < good.score(X) < 0
+    assert good.history_[-1]["val_reconstruction"] > 0
+
+
 def test_as_features_in_a_pipeline():
     X, truth = low_rank(200)
     y = (truth["bun"] > 20).astype(int)

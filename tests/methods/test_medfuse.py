@@ -542,6 +542,30 @@ def test_ranges_are_learned_from_training_rows_only():
         text.transform(X.rename(columns={"a": "b"}))
 
 
+def test_labs_that_are_no_numbers_are_refused():
+    X = lab_frame()
+    text = LabTextifier(["sodium", "lactate"]).fit(X)
+    when = X.assign(lactate=pd.Timestamp("2020-01-01"))
+    for bad, message in [
+        (X.assign(lactate=np.inf), r"\['lactate'\] hold infinity"),
+        (when, "'lactate' is read as numbers, but row 0 holds Timestamp"),
+        (X.assign(lactate="Ada Lovelace"), "row 0 holds str of length 12"),
+        (pd.concat([X, X[["lactate"]]], axis=1), "columns of the same name"),
+        (X.to_numpy(), "ndarray; it must be a pandas DataFrame"),
+    ]:
+        for call in (text.transform, LabTextifier(["sodium", "lactate"]).fit):
+            with pytest.raises(ValueError, match=message):
+                call(bad)
+
+
+def test_notes_that_are_no_text_are_refused():
+    X = pd.DataFrame({"note": ["fever", None, 7]})
+    with pytest.raises(ValueError, match=r"row 2 holds int 7\. Convert"):
+        NoteSectionizer().fit(X).transform(X)
+    with pytest.raises(ValueError, match="must be a pandas DataFrame"):
+        NoteSectionizer().fit(X.to_numpy())
+
+
 NOTE = """Chief Complaint: Chest pain
 History of Present Illness:
 A man with pain. Seen at 10:30.

@@ -278,6 +278,24 @@ def test_another_model_in_the_folder(rows, frozen, folder, tmp_path):
         found.generate(rows[1])
 
 
+def test_without_the_language_model(rows, frozen, folder, tmp_path):
+    """Loading needs no model; writing says where it is looked for, and goes on once it is there."""
+    copy, X = shutil.copytree(folder, tmp_path / "copy"), rows[1].head(3)
+    found = make(str(copy), max_epochs=1).set_params(aligner=frozen).fit(rows[0].head(20))
+    texts = found.generate(X)
+    ehrfuse.save(found, tmp_path / "m.zip")
+    copy.rename(tmp_path / "elsewhere")
+    loaded = ehrfuse.load(tmp_path / "m.zip"), pickle.loads(pickle.dumps(found))
+    for again in loaded:
+        for call in (again.generate, again.score):
+            with pytest.raises(ValueError, match=r"'.*copy' is no folder on this machine"):
+                call(X)
+    (tmp_path / "elsewhere").rename(copy)
+    for again in loaded:
+        pd.testing.assert_series_equal(again.generate(X), texts)
+        assert again.score(X) == found.score(X)
+
+
 @pytest.mark.filterwarnings("ignore:No training row has both a table and a note")
 def test_refusals(folder, rows, frozen, generator):
     X = rows[0].head(20)
@@ -304,6 +322,11 @@ def test_refusals(folder, rows, frozen, generator):
         clone(good).set_params(max_new_tokens=254).fit(X)
     with pytest.raises(ValueError, match="n_prefix == 0"):
         clone(good).set_params(n_prefix=0).fit(X)
+    for name, value in [("model", None), ("note", ["note"])]:
+        with pytest.raises(TypeError, match=f"{name} must be an instance of"):
+            clone(good).set_params(**{name: value}).fit(X)
+    with pytest.raises(TypeError, match="max_new_tokens must be an instance of"):
+        clone_with_weights(generator, max_new_tokens=2.5).generate(X)
     with pytest.raises(ValueError, match="max_epochs == 0"):
         make(folder, max_epochs=0).fit(nothing)  # said before anything is fitted
     with pytest.raises(ValueError, match="is no folder on this machine"):

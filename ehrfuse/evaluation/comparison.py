@@ -301,7 +301,7 @@ def _bootstrap(predictions, fold_scores, tasks, codes, metrics, reference, setti
                 [estimates[name, task, metric] for task in keys], confidence, tasks
             )
     return (
-        _table(found, fold_scores, metrics),
+        _table(found, fold_scores),
         _differences(found, estimates, reference, confidence),
     )
 
@@ -317,12 +317,13 @@ def _over_tasks(parts, confidence, tasks):
     return (estimate, lo, hi, n), (estimate, draws)
 
 
-def _table(found, fold_scores, metrics):
+def _table(found, fold_scores):
     """Per model, task and metric: over folds, and pooled."""
-    by_fold = fold_scores.groupby(["model", "task"], sort=False, dropna=False)[metrics]
+    model, of_task = fold_scores["model"], fold_scores["task"]
     rows = []
     for (name, task, metric), pooled in found.items():
-        own = by_fold.get_group((name, np.nan if task is None else task))[metric]
+        here = of_task.isna() if task is None else of_task == task
+        own = fold_scores.loc[(model == name) & here, metric]
         spread = own.std(ddof=1) if own.count() > 1 else np.nan
         rows.append((name, task, metric, own.mean(), spread, int(own.count()), *pooled))
     columns = ["model", "task", "metric", "mean", "sd", "folds", "estimate", "lo", "hi", "n"]

@@ -29,7 +29,7 @@ def test_reports_by_the_landmark_in_time_order(made):
     some = 0
     for row, stay in enumerate(data.X["hadm_id"]):
         at = adm.loc[stay, "admittime"] + pd.Timedelta(hours=24)
-        since = adm.loc[stay, ["admittime", "edregtime"]].min()
+        since = pd.to_datetime(adm.loc[stay, ["admittime", "edregtime"]]).min()
         mine = notes[notes["subject_id"] == adm.loc[stay, "subject_id"]]
         mine = mine[(mine["charttime"] >= since) & (mine["storetime"] <= at)]
         text = "\n\n".join(mine.sort_values(["charttime", "text"])["text"])

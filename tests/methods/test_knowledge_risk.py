@@ -548,7 +548,7 @@ def test_both_stages_with_a_causal_model(llama, graph):
 
 
 def test_by_name_and_without_adapters(llama):
-    X, y = worded(12, 6)
+    X, y = worded(24, 6)
     by_name = model(stage1="hf-causal", model=llama, n_splits=2)
     assert isinstance(by_name.fit(X, y).tasks_[0].models[0], CausalNoteClassifier)
     fitted = causal(llama, lora_rank=0, max_epochs=1).fit(X, y)

@@ -13,6 +13,7 @@ from ehrfuse.nn.numeric import NumericFeatures
 COLUMNS_AT_ONCE = 64  # a sort copies its input, so wide tables are sorted in strips
 ROWS_AT_ONCE = 2048
 MIN_KNOWN = 20
+LARGEST = 1e30  # scaled value; its square is still less than the largest float64
 MIN_MISSING = 5
 
 
@@ -117,9 +118,11 @@ class RobustScale:
         return cls(np.nan_to_num(q50).astype("float32"), scale.astype("float32"))
 
     def apply(self, table: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """Scaled copy of (n, p), or in place with ``out=table``."""
-        out = np.subtract(table, self.center, out=out)
-        return np.divide(out, self.scale, out=out)
+        """Scaled copy of (n, p), or in place with ``out=table``; never infinite."""
+        with np.errstate(over="ignore"):  # training values of 1e-30, and one of 1e30 at predict
+            out = np.subtract(table, self.center, out=out)
+            out = np.divide(out, self.scale, out=out)
+        return np.clip(out, -LARGEST, LARGEST, out=out)
 
 
 def vector_scale(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -34,6 +34,16 @@ def test_robust_scale_has_fallbacks():
     np.testing.assert_allclose(scale.scale[1:], [10 / 3.29, 2.0, 1.0, 1.0], rtol=1e-5)
 
 
+def test_scaled_values_stay_finite():
+    """Tiny values in training and a huge one at predict: a number, and no warning."""
+    scale = RobustScale.learn(np.array([[0.0], [1e-30]], "float32"))
+    found = scale.apply(np.array([[1e30], [-1e30], [np.nan], [0.0]], "float32"))
+    assert np.isfinite(found[[0, 1, 3]]).all()
+    assert found[0] > 1e29
+    assert found[1] < -1e29
+    assert np.isnan(found[2])
+
+
 def test_flags_are_kept_once_per_pattern_of_holes():
     nan = np.nan
     table = np.array([[1, nan, nan, 1], [1, 2, 2, nan], [1, 2, 2, 4.0]])

@@ -15,7 +15,7 @@ from scipy.special import ndtri
 
 from ehrfuse._data import Block
 from ehrfuse.modalities._base import Modality
-from ehrfuse.modalities._numbers import read_numbers
+from ehrfuse.modalities._numbers import read_numbers, scaled
 from ehrfuse.modalities._streams import Records, read_records
 from ehrfuse.modalities._summary import code_ids, event_values, learn_codes
 from ehrfuse.nn.lab_transformer import LabTransformer
@@ -77,7 +77,7 @@ class QuantileScale:
 
     def standardise(self, code, value):
         """Standard deviations from the mean."""
-        return ((value - self.center[code]) / self.scale[code]).astype("float32")
+        return scaled(value, self.center[code], self.scale[code]).astype("float32")
 
     def restore(self, code, standard):
         """The unit of the analyte again."""

@@ -125,6 +125,12 @@ class RobustScale:
         return np.clip(out, -LARGEST, LARGEST, out=out)
 
 
+def scaled(values: np.ndarray, center: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Like `RobustScale.apply`, for values that each have a center and a scale of their own."""
+    with np.errstate(over="ignore"):
+        return np.clip((values - center) / scale, -LARGEST, LARGEST)
+
+
 def vector_scale(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and spread of every feature of training vectors (n, size), two float32 arrays.
 

@@ -7,7 +7,7 @@ import pyarrow.compute as pc
 from ehrfuse._data import Block
 from ehrfuse._runtime import check_option
 from ehrfuse.modalities._base import Modality, check_count
-from ehrfuse.modalities._numbers import RobustScale, build_features, numeric_features
+from ehrfuse.modalities._numbers import RobustScale, build_features, numeric_features, scaled
 from ehrfuse.modalities._streams import Records, encode_strings, read_records
 from ehrfuse.modalities._summary import SummaryPlan, code_ids, event_values, n_rows
 from ehrfuse.modalities._visits import bin_events, check_width, mean_of
@@ -137,7 +137,7 @@ class Events(Modality):
         places, offsets = kept.latest(self.max_events)
         code = code[known][places]
         center, scale = self.value_scale_
-        value = (values[known][places] - center[code]) / scale[code]
+        value = scaled(values[known][places], center[code], scale[code])
         time = (self.now - kept.time[places]) / self.time_scale_
         return {
             "code": (code.astype("int32"), offsets),
@@ -236,7 +236,7 @@ class EventVisits(Events):
             self.max_visits,
         )  # fmt: skip
         center, scale = (part[: len(self.codes_)] for part in self.value_scale_)
-        return age, (numbers - center) / scale, offsets
+        return age, scaled(numbers, center, scale), offsets
 
     def _read(self, cells, present):
         block = super()._read(cells, present)

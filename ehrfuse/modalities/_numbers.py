@@ -135,6 +135,7 @@ def vector_scale(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and spread of every feature of training vectors (n, size), two float32 arrays.
 
     A feature that hardly varies beside the others is noise: its spread counts as a tenth of theirs.
+    Vectors that differ by less than 1e-12 are constant: in float32 such a spread may be zero.
     """
     n, size = vectors.shape
     if not n:
@@ -143,7 +144,7 @@ def vector_scale(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean = sum(vectors[i : i + ROWS_AT_ONCE].sum(0, dtype="float64") for i in parts) / n
     square = sum(((vectors[i : i + ROWS_AT_ONCE] - mean) ** 2).sum(0) for i in parts) / n
     least = 0.1 * np.sqrt(square.mean())
-    scale = np.maximum(np.sqrt(square), least if least > 0 else 1.0)
+    scale = np.maximum(np.sqrt(square), least if least > 1e-12 else 1.0)
     return mean.astype("float32"), scale.astype("float32")
 
 

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from ehrfuse import Labs, Tabular
-from ehrfuse.modalities._numbers import RobustScale, distinct_flags, quantiles
+from ehrfuse.modalities._numbers import RobustScale, distinct_flags, quantiles, vector_scale
 
 
 def test_quantiles_agree_with_numpy_on_the_known_cells():
@@ -42,6 +42,13 @@ def test_scaled_values_stay_finite():
     assert found[0] > 1e29
     assert found[1] < -1e29
     assert np.isnan(found[2])
+
+
+def test_vectors_that_hardly_differ_are_constant():
+    vectors = np.array([[0, 0], [1e-45, 0]], "float32")
+    mean, scale = vector_scale(vectors)
+    np.testing.assert_array_equal(scale, [1, 1])
+    assert np.isfinite((vectors - mean) / scale).all()
 
 
 def test_flags_are_kept_once_per_pattern_of_holes():

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -51,6 +52,8 @@ PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
 def test_code_of_a_page(page, small):
+    if page == "docs/ecosystem.md":  # what other libraries warn of is theirs
+        warnings.simplefilter("ignore")  # pytest takes it back after the test
     scope = {}
     for block in blocks(page):
         try:

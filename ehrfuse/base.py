@@ -92,6 +92,7 @@ class TorchEstimator(ProgressMixin, Handover, Frames, BaseEstimator):
 
     _accepts: tuple[type, ...] = (Modality,)
     _fit_only: tuple[type, ...] = ()  # kinds whose columns need not be there at predict
+    _nested = True  # whether parameters of modalities are its own too
     checkpoint = None  # of a method whose constructor leaves it out
 
     def __init__(
@@ -145,7 +146,7 @@ class TorchEstimator(ProgressMixin, Handover, Frames, BaseEstimator):
         params : dict
         """
         params = super().get_params(deep)
-        for name, modality in self._named().items() if deep else ():
+        for name, modality in self._named().items() if deep and self._nested else ():
             params[name] = modality
             if isinstance(modality, Modality):
                 params |= {f"{name}__{key}": v for key, v in modality.get_params().items()}

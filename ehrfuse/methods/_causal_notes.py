@@ -148,6 +148,7 @@ class CausalNoteClassifier(TorchClassifier):
     """
 
     pretrained, freeze, memory = None, (), None
+    _nested = False
 
     def __init__(
         self,
@@ -216,19 +217,6 @@ class CausalNoteClassifier(TorchClassifier):
                 self.max_rationale, tuple(self.labels),
             )
         }  # fmt: skip
-
-    def get_params(self, deep=True):
-        """Parameters.
-
-        Parameters
-        ----------
-        deep : bool, default=True
-
-        Returns
-        -------
-        params : dict
-        """
-        return super().get_params(False)  # the prompt has none of its own
 
     def _own_columns(self, X, reset):
         prompt = self.modalities["prompt"]

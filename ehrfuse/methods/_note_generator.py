@@ -63,6 +63,7 @@ class PrefixWriter(TorchEncoder):
     patience = validation_fraction = groups = None
     amp = False
     _fit_only = (NoteTokens,)
+    _nested = False
 
     def __init__(
         self, model, *, n_prefix, max_note_tokens, max_epochs, batch_size, lr, weight_decay,
@@ -86,19 +87,6 @@ class PrefixWriter(TorchEncoder):
             "record": Embedding("record", dropout=0.0),
             "note": NoteTokens("note", self.model, self.max_note_tokens),
         }
-
-    def get_params(self, deep=True):
-        """Parameters.
-
-        Parameters
-        ----------
-        deep : bool, default=True
-
-        Returns
-        -------
-        params : dict
-        """
-        return super().get_params(False)  # the modalities have none of their own
 
     def _make_core(self, modalities, target):
         encoder = modalities["record"].make_encoder(HIDDEN)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sklearn.base import BaseEstimator
 
-from ehrfuse import _archive, _encoding, _offsets, _sklearn_parts, _targets, base, methods
+from ehrfuse import _archive, _encoding, _estimator, _offsets, _sklearn_parts, _targets, methods
 from ehrfuse._archive import LoadError
 from ehrfuse._runtime import import_optional
 from ehrfuse.knowledge import KnowledgeGraph
@@ -161,7 +161,7 @@ def load(path, *, classes=(), revision=None):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         estimator = _build(place, manifest, tensors, classes)
-        base._warn_other_version(manifest["versions"])
+        _estimator._warn_other_version(manifest["versions"])
     for message in {(w.category, str(w.message)): w for w in caught}.values():
         warnings.warn(message.message, message.category, stacklevel=2)
     return estimator

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 import ehrfuse.datasets
-from ehrfuse import base
+from ehrfuse import _estimator
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """One epoch a fit, 300 real stays, and a folder of its own."""
-    train, load = base.train, ehrfuse.datasets.load_physionet2012
+    train, load = _estimator.train, ehrfuse.datasets.load_physionet2012
 
     def one_epoch(*args, max_epochs, **options):
         return train(*args, max_epochs=1, **options)
@@ -27,7 +27,7 @@ def small(monkeypatch, tmp_path):
         data["X"], data["y"] = data.X.iloc[:300], data.y.iloc[:300]
         return data
 
-    monkeypatch.setattr(base, "train", one_epoch)
+    monkeypatch.setattr(_estimator, "train", one_epoch)
     monkeypatch.setattr(ehrfuse.datasets, "load_physionet2012", few_stays)
     monkeypatch.chdir(tmp_path)
     yield tmp_path

@@ -57,7 +57,7 @@ LAYERS = {
     ),
     "_frames": ({"_patterns", "modalities"}, {"pandas", "sklearn", "torch"}),
     "_handover": ({"_patterns"}, {"sklearn"}),
-    "base": (
+    "_estimator": (
         {
             "_frames",
             "_checkpoint",
@@ -73,6 +73,10 @@ LAYERS = {
         },
         {"numpy", "pandas", "sklearn", "torch"},
     ),
+    "base": (
+        {"_estimator", "_progress", "_runtime", "_targets", "_train"},
+        {"numpy", "pandas", "sklearn"},
+    ),
     "methods": (
         {"_hub", "_hub_causal", "_runtime", "base", "knowledge", "modalities", "nn", "rectifier"},
         {"numpy", "pandas", "scipy", "sklearn", "torch", "xgboost", "imblearn"},
@@ -84,11 +88,11 @@ LAYERS = {
         {
             "_archive",
             "_encoding",
+            "_estimator",
             "_offsets",
             "_runtime",
             "_sklearn_parts",
             "_targets",
-            "base",
             "knowledge",
             "methods",
             "modalities",

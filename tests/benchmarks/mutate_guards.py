@@ -27,7 +27,7 @@ class Guard(NamedTuple):
     chosen: str = ""
 
 
-BASE, RECTIFIER = "ehrfuse/base.py", "ehrfuse/rectifier.py"
+BASE, RECTIFIER = "ehrfuse/_estimator.py", "ehrfuse/rectifier.py"
 RISK, TASKS = "ehrfuse/methods/knowledge_risk.py", "ehrfuse/nn/visit_tasks.py"
 GUARDS = (
     Guard(

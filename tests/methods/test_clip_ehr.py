@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GridSearchCV
 from tiny_models import write_bert, write_longformer, write_modernbert
 
-from ehrfuse import ClipEHRAligner, TabNetClassifier, TabNetPretrainer, Tabular, Text
+from ehrfuse import ClipEHRAligner, TabNetClassifier, TabNetPretrainer, Tabular, Text, _estimator
 from ehrfuse.methods import clip_ehr
 
 SMALL = {"n_d": 8, "n_a": 8, "max_epochs": 2, "random_state": 0}
@@ -301,15 +301,13 @@ def test_every_phase_reads_training_patients_alone(data, monkeypatch):
 
     monkeypatch.setattr(Tabular, "fit", watched(fit_table))
     monkeypatch.setattr(Text, "fit", watched(fit_note))
-    import ehrfuse.base as base
-
-    real = base.train
+    real = _estimator.train
 
     def train(core, data, **options):
         batches.append(len(data))
         return real(core, data, **options)
 
-    monkeypatch.setattr(base, "train", train)
+    monkeypatch.setattr(_estimator, "train", train)
     train_rows = X["patient"] < 40
     clf = TabNetClassifier(MODALITIES, pretrained=AXIS["both"], groups="patient", **SMALL)
     clf.fit(X[train_rows], y[train_rows])

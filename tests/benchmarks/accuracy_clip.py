@@ -332,7 +332,7 @@ def xgboost(seed):
 
 def curve(args, name, task, data, splits):
     """All variants at all label fractions on one outcome."""
-    fractions = [f for f in args.fractions if not (args.quick and f not in (0.01, 0.1))]
+    fractions = [0.1] if args.quick else args.fractions
     table = [c for m in data.modalities.values() if not isinstance(m, Text)
              for c in np.atleast_1d(m.columns)]  # fmt: skip
     tables = {n: m for n, m in data.modalities.items() if not isinstance(m, Text)}
@@ -389,16 +389,17 @@ def vaers(args):
     if folder is None:
         return []
     data, name = _vaers.load(folder), "vaers"
+    if args.quick:
+        name += ", every 4th report, one encoder"
+        thin(data, np.arange(len(data.X)) % 4 == 0)
+    splits = folds_of(args, data)
     if args.test_data is not None:
         there = _vaers.find(args.test_data)
         if there is None:
             return []
         data, splits = between(data, _vaers.load(there, data.columns))
-        return curve(args, "vaers to test", "hospitalised", data, splits)
-    if args.quick:
-        name += ", every 4th report, one encoder"
-        thin(data, np.arange(len(data.X)) % 4 == 0)
-    return curve(args, name, "hospitalised", data, folds_of(args, data))
+        name += " to test"
+    return curve(args, name, "hospitalised", data, splits)
 
 
 def eicu(args):
@@ -415,16 +416,15 @@ def eicu(args):
         there = _eicu.load(place)
     rows = []
     for task in _eicu.TASKS[:1] if args.quick else _eicu.TASKS:
-        data = _eicu_task(here, task)
-        if there is None:
-            name = "eicu-crd-demo"
-            if args.quick:
-                name += ", every 2nd patient, one encoder"
-                thin(data, data.groups % 2 == 0)
-            rows += curve(args, name, task, data, folds_of(args, data))
-        else:
+        data, name = _eicu_task(here, task), "eicu-crd-demo"
+        if args.quick:
+            name += ", every 2nd patient, one encoder"
+            thin(data, data.groups % 2 == 0)
+        splits = folds_of(args, data)
+        if there is not None:
             data, splits = between(data, _eicu_task(there, task))
-            rows += curve(args, "eicu-crd-demo to test", task, data, splits)
+            name += " to test"
+        rows += curve(args, name, task, data, splits)
     return rows
 
 
@@ -450,16 +450,18 @@ def diabetes(args):
     folder = _diabetes.find(args.data)
     if folder is None:
         return []
-    every = 16 if args.quick else 2
+    every, name = 2, "diabetes-130, every 2nd patient"
+    if args.quick:
+        every, name = 16, "diabetes-130, every 16th patient, one encoder"
     data = _diabetes.load(folder, every=every)
+    splits = folds_of(args, data)
     if args.test_data is not None:
         there = _diabetes.find(args.test_data)
         if there is None:
             return []
         data, splits = between(data, _diabetes.load(there))
-        return curve(args, "diabetes-130 to test", "readmitted_30d", data, splits)
-    name = f"diabetes-130, every {every}th patient" + ", one encoder" * args.quick
-    return curve(args, name, "readmitted_30d", data, folds_of(args, data))
+        name += " to test"
+    return curve(args, name, "readmitted_30d", data, splits)
 
 
 if __name__ == "__main__":

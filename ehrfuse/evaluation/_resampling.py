@@ -12,14 +12,28 @@ N_BINS = 10  # of the calibration error
 CELLS_AT_ONCE = 1_000_000  # of the weight matrix: 8 MB stay in cache and bound the memory
 
 
-def _cumulated(y, p, weights):
-    """Weighted true and false positives at every distinct threshold, highest first."""
-    order = np.argsort(-p, kind="stable")
-    ends = np.append(np.flatnonzero(np.diff(p[order])), len(p) - 1)
-    weights, positive = weights[..., order], y[order]
-    true = np.cumsum(weights * positive, axis=-1)[..., ends]
-    false = np.cumsum(weights * (1 - positive), axis=-1)[..., ends]
-    return true, false
+def _at_positives(y, p, weights):
+    """At every probability that a positive has, highest first: weights of positives and negatives.
+
+    Only there do the two areas move, and most clinical outcomes are rare.
+
+    Returns
+    -------
+    here : the positives with this probability
+    above, upto : the negatives with a higher one, and with a higher or equal one
+    total : all negatives
+    """
+    own, others = np.flatnonzero(y == 1), np.flatnonzero(y != 1)
+    own, others = (rows[np.argsort(-p[rows], kind="stable")] for rows in (own, others))
+    falls = -p[own]
+    starts = np.flatnonzero(np.diff(falls, prepend=-np.inf))
+    here = np.add.reduceat(weights[..., own], starts, axis=-1)
+    passed = np.zeros((*weights.shape[:-1], len(others) + 1))
+    np.cumsum(weights[..., others], axis=-1, out=passed[..., 1:])
+    above, upto = (
+        passed[..., np.searchsorted(-p[others], falls[starts], side)] for side in ("left", "right")
+    )
+    return here, above, upto, passed[..., -1]
 
 
 def as_weights(y, sample_weight):
@@ -27,20 +41,20 @@ def as_weights(y, sample_weight):
 
 
 def _auroc(y, p, sample_weight=None):
-    true, false = _cumulated(y, p, as_weights(y, sample_weight))
-    steps = np.diff(false, axis=-1, prepend=0)
-    # A tie between a case and a control counts one half: the trapezoid.
-    area = (steps * (true - np.diff(true, axis=-1, prepend=0) / 2)).sum(axis=-1)
+    here, above, upto, total = _at_positives(y, p, as_weights(y, sample_weight))
+    # A tie between a case and a control counts one half.
+    won = (here * (total[..., None] - (above + upto) / 2)).sum(axis=-1)
     with np.errstate(invalid="ignore"):
-        return area / (true[..., -1] * false[..., -1])
+        return won / (here.sum(axis=-1) * total)
 
 
 def _auprc(y, p, sample_weight=None):
-    true, false = _cumulated(y, p, as_weights(y, sample_weight))
+    here, _, upto, total = _at_positives(y, p, as_weights(y, sample_weight))
+    true = np.cumsum(here, axis=-1)
     with np.errstate(invalid="ignore"):
-        precision = np.nan_to_num(true / (true + false))
-        area = (np.diff(true, axis=-1, prepend=0) * precision).sum(axis=-1) / true[..., -1]
-    return np.where(false[..., -1] > 0, area, np.nan)[()]
+        precision = np.nan_to_num(true / (true + upto))
+        area = (here * precision).sum(axis=-1) / here.sum(axis=-1)
+    return np.where(total > 0, area, np.nan)[()]
 
 
 def _mean_loss(loss, sample_weight):

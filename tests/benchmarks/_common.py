@@ -53,6 +53,7 @@ def parse(options):
     args = options.parse_args()
     args.seeds = args.seeds or [args.seed]
     torch.set_num_threads(1)
+    Cohort.n_resamples = 500 if args.quick else 2000
     # A network warns of what a frame of real stays always has; a benchmark prints figures.
     warnings.filterwarnings("ignore", category=UserWarning, module="ehrfuse")
     print(machine(), flush=True)
@@ -166,6 +167,8 @@ class Cohort:
     store : Store
     """
 
+    n_resamples = 2000  # of the bootstrap
+
     def __init__(self, dataset, task, X, y, groups, splits, store):
         self.dataset, self.task, self.X, self.y, self.groups = dataset, task, X, y, groups
         self.splits, self.store = splits, store
@@ -267,8 +270,9 @@ class Cohort:
 
     def _bootstrap(self, proba):
         return bootstrap_scores(
-            self._frame(), proba, groups=self._patients(), metrics=METRIC_NAMES, random_state=0
-        )
+            self._frame(), proba, groups=self._patients(), metrics=METRIC_NAMES,
+            n_resamples=self.n_resamples, random_state=0,
+        )  # fmt: skip
 
     def pair_rows(self, pairs, metrics=METRIC_NAMES):
         """Rows of differences, a minus b, on the same rows with one paired bootstrap."""
@@ -279,8 +283,9 @@ class Cohort:
             both = [self.proba[name].mean(0)[self.scored] for name in (a, b)]
             for metric in metrics:
                 found = paired_difference(
-                    self._frame(), *both, metric=metric, groups=self._patients(), random_state=0
-                )
+                    self._frame(), *both, metric=metric, groups=self._patients(),
+                    n_resamples=self.n_resamples, random_state=0,
+                )  # fmt: skip
                 for label in self.names:
                     r = found.loc[label]
                     rows.append(self._row(

@@ -353,11 +353,12 @@ def _death(args):
     X = pd.concat([part.X for part in parts])[list(PANELS)]
     y = pd.concat([part.y for part in parts])
     summary = EventSummary(statistics=("last", "mean"), remainder="drop").fit(X.iloc[: len(here.X)])
-    X = summary.transform(X).astype("float64")
+    X, n_here = summary.transform(X).astype("float64"), len(here.X)
+    keep = np.arange(n_here)[:: 4 if args.quick else 1]
     if args.test_data is not None:
-        return X, y, one_split(len(here.X), len(X) - len(here.X))
-    if args.quick:
-        X, y = X.iloc[::4], y.iloc[::4]
+        rows = np.concatenate([keep, np.arange(n_here, len(X))])
+        return X.iloc[rows], y.iloc[rows], one_split(len(keep), len(X) - n_here)
+    X, y = X.iloc[keep], y.iloc[keep]
     folds = 2 if args.quick else 3
 
     def splits(seed):

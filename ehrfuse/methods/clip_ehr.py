@@ -540,7 +540,8 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
         -------
         found : DataFrame
             Columns ``row`` (place in X), ``rank`` (from 1), ``similarity``, ``memory_row`` (place
-            in `memory`), ``section`` (its number in the note) and ``note``, its text.
+            in `memory`), ``section`` (its number in the note) and ``note``, its text. A row without
+            a record finds nothing.
         """
         check_scalar(k, "k", Integral, min_val=1)
         check_is_fitted(self)
@@ -551,11 +552,13 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
         if not len(texts):
             raise ValueError("memory holds no note; give rows with notes.")
         k = min(k, len(texts))
-        cosine = self.transform(X) @ self.transform_text(texts).T
+        places = self.transform(X)
+        rows = np.flatnonzero(places.any(1))
+        cosine = places[rows] @ self.transform_text(texts).T
         best = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
         found = best.ravel()
         return pd.DataFrame({
-            "row": np.repeat(np.arange(len(best)), k),
+            "row": np.repeat(rows, k),
             "rank": np.tile(np.arange(1, k + 1), len(best)),
             "similarity": np.take_along_axis(cosine, best, 1).ravel(),
             "memory_row": memory_row[found],

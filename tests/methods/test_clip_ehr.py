@@ -135,6 +135,16 @@ def test_retrieval_of_notes(aligner, data):
     assert not hasattr(aligner, "memory_")
 
 
+def test_a_row_without_a_record_finds_no_note(aligner, data):
+    X, _ = data
+    asked = X.iloc[50:53].copy()
+    asked.loc[asked.index[1], COLUMNS] = None
+    found = aligner.retrieve(asked, X.iloc[:40], k=2)
+    assert found["row"].tolist() == [0, 0, 2, 2]
+    assert found["rank"].tolist() == [1, 2, 1, 2]
+    assert not len(aligner.retrieve(asked.iloc[[1]], X.iloc[:40]))
+
+
 def test_retrieval_of_sections(aligner, data):
     X, _ = data
     memory = pd.DataFrame({"note": ["COURSE: fever cough\nSKIN: rash hives", None, "CHEST: pain"]})

@@ -217,6 +217,13 @@ class TorchEstimator(ProgressMixin, Handover, Frames, BaseEstimator):
         device = resolve_device(self.device)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         y, weight = self._labels(X, y, sample_weight, reset=True)
+        if self.patience is not None and not self.validation_fraction and X_val is None:
+            warnings.warn(
+                f"patience={self.patience} does nothing without rows to watch; give "
+                "validation_fraction, or X_val to fit.",
+                UserWarning,
+                stacklevel=4,
+            )
         if X_val is not None:
             X_val = self._frame(X_val, y_val, reset=False)
             rows, rows_val = np.flatnonzero(weight > 0), None

@@ -6,7 +6,7 @@ import pandas as pd
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import nn
 
-from ehrfuse._patterns import modality_columns
+from ehrfuse._patterns import kind_names, modality_columns
 from ehrfuse.modalities import Modality, Tabular
 
 
@@ -103,10 +103,10 @@ class Frames:
         ]
         kept = {n: m for n, m in declared.items() if n not in self.ignored_modalities_}
         if not kept:
-            kinds = " or ".join(kind.__name__ for kind in self._accepts)
             got = {n: type(m).__name__ for n, m in declared.items()}
             raise ValueError(
-                f"{type(self).__name__} reads {kinds}; the modalities are {got or 'all dropped'}. "
+                f"{type(self).__name__} reads {kind_names(self._accepts)}; the modalities are "
+                f"{got or 'all dropped'}. "
                 "Keep or declare at least one that it can read."
             )
         for name, modality in kept.items():

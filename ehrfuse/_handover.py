@@ -5,7 +5,7 @@ from pathlib import Path
 from sklearn.base import clone
 from sklearn.utils.validation import check_memory
 
-from ehrfuse._patterns import modality_columns
+from ehrfuse._patterns import kind_names, modality_columns
 
 INHERITED = ("random_state", "groups", "device")  # where a pretrainer leaves them None
 
@@ -27,10 +27,14 @@ class Handover:
         inherit = {name: own[name] for name in wanted if name in own}
         # What this estimator ignores may be what the pretrainer learns from: a note, say.
         offered = declared | {n: self.modalities[n] for n in self.ignored_modalities_}
-        inherit["modalities"] = {
-            n: m for n, m in offered.items() if isinstance(m, getattr(donor, "_accepts", ()))
-        } or None
+        kinds = getattr(donor, "_accepts", ())
+        inherit["modalities"] = {n: m for n, m in offered.items() if isinstance(m, kinds)} or None
         unset = {name for name in inherit if name in params and params[name] is None}
+        if kinds and "modalities" in unset and inherit["modalities"] is None:
+            raise ValueError(  # it would take all columns of X, undeclared ones too
+                f"`pretrained` is {type(donor).__name__}, which reads {kind_names(kinds)}; the "
+                f"modalities {list(offered)} are none of these. Declare one that it reads."
+            )
         donor.set_params(**{name: inherit[name] for name in unset})
         if self.checkpoint is not None and params.get("checkpoint", 0) is None:
             donor.set_params(checkpoint=Path(self.checkpoint) / "pretrained")

@@ -14,6 +14,12 @@ def modality_columns(modality: Any, X: pd.DataFrame) -> list[str]:
     return [columns] if isinstance(columns, str) else list(columns)
 
 
+def kind_names(kinds: tuple[type, ...]) -> str:
+    """Kinds of modalities in words; of the class that all of them share, any."""
+    names = [kind.__name__ for kind in kinds]
+    return "any kind of modality" if names == ["Modality"] else " or ".join(names)
+
+
 def presence(X: pd.DataFrame, modalities: Mapping) -> pd.DataFrame:
     """One boolean column per modality: True where any cell of its columns is not null.
 

@@ -19,6 +19,7 @@ from ehrfuse import (
     FusionClassifier,
     FusionRegressor,
     Labs,
+    MaskedLabPretrainer,
     MMNARFusionClassifier,
     MMNARPretrainer,
     Tabular,
@@ -314,6 +315,19 @@ def test_pretrainers_that_do_not_fit_are_explained(cohort, modalities, options, 
     clf = pretrained(modalities).set_params(**options)
     with pytest.raises(ValueError, match=message):
         clf.fit(cohort.X, cohort.y)
+
+
+def test_a_pretrainer_that_reads_none_of_the_modalities_is_not_fitted(cohort, monkeypatch):
+    monkeypatch.setattr(MaskedLabPretrainer, "fit", lambda *args: pytest.fail("it was fitted"))
+    clf = FusionClassifier({"vitals": Tabular(["age"])}, pretrained=MaskedLabPretrainer(), **FAST)
+    with pytest.raises(ValueError, match=r"MaskedLabPretrainer, which reads Labs or Events; the "):
+        clf.fit(cohort.X, cohort.y)
+
+
+def test_patience_without_rows_to_watch_is_told(cohort, modalities):
+    with pytest.warns(UserWarning, match="patience=1 does nothing") as told:
+        FusionClassifier(modalities, patience=1, **FAST).fit(cohort.X, cohort.y)
+    assert told[0].filename == __file__
 
 
 def test_memory_pretrains_once(cohort, modalities, tmp_path, monkeypatch):

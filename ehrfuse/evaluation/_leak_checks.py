@@ -259,7 +259,7 @@ def _find_followers(columns, rows, found):
         for head in heads:
             other = columns.columns[head]
             both = np.isfinite(column.data) & np.isfinite(other.data)
-            if both.sum() < 50:
+            if both.sum() < 50 or np.ptp(column.data[both]) == 0 or np.ptp(other.data[both]) == 0:
                 continue
             if abs(spearmanr(column.data[both], other.data[both]).statistic) >= FOLLOWS:
                 row["why"] = f"goes with {str(head)!r}"

@@ -56,7 +56,7 @@ def group_overlap(case):
         )  # fmt: skip
         fix = f"Pass groups={str(likely[0])!r} here, and split by it."
         return Finding("group_overlap", "warn", text, evidence, fix)
-    text = "No groups came, and no column looks like a patient's number that repeats."
+    text = "No groups came, and no column could be told to be a patient's number that repeats."
     return Finding("group_overlap", "pass", text, table)
 
 

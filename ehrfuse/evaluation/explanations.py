@@ -41,8 +41,9 @@ def sensitivity(estimator, X, columns=None, *, bin=1.0, output=None):
     -------
     frame : DataFrame
         One line per row and value: ``row`` (position in X), ``column``, ``visit`` (position in the
-        history, -1 for cells beside it), ``time``, ``feature``, ``value``, and ``effect``: the
-        prediction minus that without the value, so positive where the value raises it.
+        history, -1 for cells beside it), ``time`` as it stands in the cell, ``feature``,
+        ``value``, and ``effect``: the prediction minus that without the value, so positive where
+        the value raises it.
 
     Examples
     --------
@@ -258,8 +259,8 @@ def explain_in_words(explanation, prediction, *, row=0, outcome="the outcome", u
         Which row of the explanation.
     outcome : str, default="the outcome"
         What is predicted, in words.
-    unit : str, default=""
-        Unit of the times, e.g. ``"h"``.
+    unit : str, or dict of str to str, default=""
+        Unit of the times, e.g. ``"h"``; or of each column (modality, of an ``explain``).
     top : int, default=3
         Values named for and against.
     phrase : callable, default=None
@@ -342,6 +343,8 @@ def _fact(line, score, probability, unit):
     elif isinstance(value, str) and line["feature"] != value:
         what += f" {value}"
     if not pd.isna(line["time"]):
+        if isinstance(unit, Mapping):
+            unit = unit.get(line.get("column", line.get("modality")), "")
         what += f" at {line['time']:.4g} {unit}".rstrip()
     if score == "weight":
         return f"{what} (weight {line[score]:.3g})"

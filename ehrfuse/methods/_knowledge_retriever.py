@@ -1,6 +1,7 @@
 """KnowledgeRetriever: from findings in a row to facts, text and numbers of a knowledge graph."""
 
 import hashlib
+import warnings
 from functools import lru_cache
 from itertools import pairwise
 
@@ -166,6 +167,14 @@ class KnowledgeRetriever(TransformerMixin, BaseEstimator):
         self._build()
         self.feature_names_in_ = np.asarray(X.columns, dtype=object)
         counts = self._findings(X).counts
+        if not counts.nnz and self._known(X).any():
+            warnings.warn(
+                f"Nothing in the columns {self._columns()} of {len(X)} rows occurs in the graph, "
+                "so no knowledge is added; compare its names with the language of the notes, and "
+                "its equivalences with the codes' system.",
+                UserWarning,
+                stacklevel=2,
+            )
         seen = np.bincount(counts.indices, minlength=counts.shape[1])
         self.idf_ = np.log((1 + len(X)) / (1 + seen)) + 1
         members = self._engine.communities.members
@@ -313,7 +322,10 @@ class KnowledgeRetriever(TransformerMixin, BaseEstimator):
     def _findings(self, X):
         lost = [c for c in self._columns() if c not in X.columns]
         if lost:
-            raise ValueError(f"X lacks the columns {lost} that findings are read from; add them.")
+            raise ValueError(
+                f"X lacks the columns {lost} that findings are read from; add them, or name yours "
+                "in KnowledgeRetriever(text=..., codes=...)."
+            )
         return _Findings(self, X)
 
     def _seeds(self, found):

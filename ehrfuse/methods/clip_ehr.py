@@ -331,7 +331,7 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
             warnings.warn(
                 f"No training row has both a table and a note, so nothing is aligned; {remedy}.",
                 UserWarning,
-                stacklevel=6,
+                stacklevel=7,
             )
         for name, modality in self.modalities_.items():
             if isinstance(modality, Text) and modality.model is None:
@@ -531,6 +531,7 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
         X : DataFrame of shape (n_samples, n_columns)
         memory : DataFrame of shape (n_notes, n_columns)
             Rows with notes, those of the training patients. Notes are never kept in the estimator.
+            With `groups`, and its column in X and here, a patient's own notes are not found.
         k : int, default=3
         sections : str or None, default=None
             Regular expression that notes are cut at, e.g. ``r"\n(?=[A-Z ]+:)"`` before every
@@ -555,9 +556,10 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
         places = self.transform(X)
         rows = np.flatnonzero(places.any(1))
         cosine = places[rows] @ self.transform_text(texts).T
+        cosine[self._same_patient(X, memory, rows, memory_row)] = -np.inf
         best = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
         found = best.ravel()
-        return pd.DataFrame({
+        table = pd.DataFrame({
             "row": np.repeat(rows, k),
             "rank": np.tile(np.arange(1, k + 1), len(best)),
             "similarity": np.take_along_axis(cosine, best, 1).ravel(),
@@ -565,6 +567,16 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
             "section": section[found],
             "note": np.array(texts, dtype=object)[found],
         })  # fmt: skip
+        return table[np.isfinite(table["similarity"])].reset_index(drop=True)
+
+    def _same_patient(self, X, memory, rows, memory_rows):
+        """Which notes are of the row's own patient, (n_rows, n_notes); none where nobody says."""
+        if self.groups is None or any(self.groups not in frame.columns for frame in (X, memory)):
+            return np.zeros((len(rows), len(memory_rows)), dtype=bool)
+        both = pd.concat([X[self.groups].astype(object), memory[self.groups].astype(object)])
+        codes = pd.factorize(both)[0]
+        mine, theirs = codes[: len(X)][rows], codes[len(X) :][memory_rows]
+        return (mine[:, None] == theirs) & (mine >= 0)[:, None]
 
 
 def _phrasings(prompts):

@@ -116,6 +116,7 @@ class LabTextifier(TransformerMixin, BaseEstimator):
         numeric = X.select_dtypes("number").columns
         self.columns_ = list(numeric if self.columns is None else self.columns)
         self.feature_names_in_ = np.array(X.columns, dtype=object)
+        self._refuse_strange_keys(X)
         given = self.reference_ranges or {}
         tail = (1 - self.coverage) / 2
         self.ranges_ = {}
@@ -130,6 +131,15 @@ class LabTextifier(TransformerMixin, BaseEstimator):
                 )
             self.ranges_[column] = float(low), float(high)
         return self
+
+    def _refuse_strange_keys(self, X):
+        for option in ("reference_ranges", "units", "names"):
+            strange = [key for key in getattr(self, option) or {} if key not in X.columns]
+            if strange:
+                raise ValueError(
+                    f"{option} speaks of {strange}, which X has no column for; its keys are names "
+                    "of columns of X."
+                )
 
     def _values(self, X):
         _refuse_other_than_frame(X)
@@ -184,9 +194,12 @@ class LabTextifier(TransformerMixin, BaseEstimator):
     def _item(self, j, value, low, high):
         column = self.columns_[j]
         name, unit = (self.names or {}).get(column, column), (self.units or {}).get(column)
-        words = [name, f"{value:.4g}"] + ([unit] if unit else [])
-        if not low <= value <= high:
-            words += ["low" if value < low else "high", f"({low:.4g}-{high:.4g})"]
+        passed, digits = min(max(value, low), high), 4
+        while value != passed and f"{value:.{digits}g}" == f"{passed:.{digits}g}":
+            digits += 1  # or it would seem to lie on the bound that it lies beyond
+        words = [name, f"{value:.{digits}g}"] + ([unit] if unit else [])
+        if value != passed:
+            words += ["low" if value < low else "high", f"({low:.{digits}g}-{high:.{digits}g})"]
         return " ".join(words)
 
     def get_feature_names_out(self, input_features=None):

@@ -280,8 +280,9 @@ class _RAPTOutcome(_RAPT):
         -------
         frame : DataFrame
             One line per row and visit: ``row`` (position in X), ``visit`` (position in the
-            history), ``time``, ``modality``, ``feature`` and ``weight``, the mean over heads in the
-            last layer. The rest to one is attention to what has no time.
+            history), ``time`` (in the unit of the first modality that has visits), ``modality``,
+            ``feature`` and ``weight``, the mean over heads in the last layer. The rest to one is
+            attention to what has no time.
 
         Raises
         ------

@@ -1,6 +1,7 @@
 """Summary statistics of event streams: the same facts for networks, trees and examples."""
 
 from dataclasses import dataclass
+from numbers import Number
 
 import numpy as np
 import pandas as pd
@@ -378,14 +379,18 @@ def _is_stream(column: pd.Series) -> bool:
         if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
             return False
         record = kind.value_type
-        return not pa.types.is_struct(record) or record.get_field_index("code") >= 0
+        if pa.types.is_struct(record):
+            return record.get_field_index("code") >= 0
+        return pa.types.is_null(record) or pa.types.is_string(record)
     if not _is_list(column):
         return False
     for cell in column.dropna():
         if isinstance(cell, dict | pd.DataFrame):
             return "code" in cell
         if len(cell):
-            return not isinstance(cell[0], dict) or "code" in cell[0]
+            if isinstance(cell[0], dict):
+                return "code" in cell[0]
+            return not isinstance(cell[0], Number | np.ndarray | list)  # a vector, a picture
     return True
 
 
@@ -398,5 +403,7 @@ def _for_trees(column: pd.Series) -> bool:
 
 
 def _tree_ready(column: pd.Series) -> pd.Series:
-    numeric = pd.api.types.is_numeric_dtype(column.dtype)
-    return column if numeric else column.astype("category")
+    if pd.api.types.is_numeric_dtype(column.dtype):
+        return column
+    # Trees sort the categories, so a hole must not be one of pandas' own kind.
+    return column.astype(object).where(column.notna(), None).astype("category")

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -284,6 +285,16 @@ def test_folds_that_overlap():
     report = audit_leakage(None, X, y, cv=[(rows[:60], rows[55:])], checks="group_overlap")
     assert found(report, "group_overlap") == "leak"
     assert report["group_overlap"].evidence["rows on both sides"].tolist() == [5]
+
+
+def test_a_column_that_is_known_in_one_class_alone_is_found_in_silence():
+    X, y, rng = world(600)
+    X["died_by"] = np.where(y == 1, rng.normal(size=600), np.nan)
+    X["told"] = np.where(y == 1, 1.0, np.where(rng.random(600) < 0.5, 0.0, np.nan))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = audit_leakage(None, X, y, checks=["single_columns", "missingness"])
+    assert report.verdict == "leak"
 
 
 def test_a_patient_number_among_the_columns():

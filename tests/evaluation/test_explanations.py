@@ -190,6 +190,15 @@ def test_template():
     assert "sex" not in words(top=1)
 
 
+def test_every_column_may_have_a_unit_of_its_own():
+    assert words() == explain_in_words(
+        explanation(), 0.31, outcome="hypertension", unit={"visits": "w", "labs": "h"}
+    )
+    attention = explanation().rename(columns={"column": "modality", "effect": "weight"})
+    assert "at -8 d (" in explain_in_words(attention, 0.31, unit={"visits": "d"})
+    assert "at -8 (" in explain_in_words(attention, 0.31, unit={"other": "d"})
+
+
 def test_a_language_model_sees_and_gives_no_number():
     seen = []
 

@@ -145,6 +145,21 @@ def test_a_row_without_a_record_finds_no_note(aligner, data):
     assert not len(aligner.retrieve(asked.iloc[[1]], X.iloc[:40]))
 
 
+def test_a_patient_finds_notes_of_others(data):
+    X, _ = data
+    X = X.iloc[:40].copy()
+    X.loc[X.index[:2], "patient"] = None
+    alone = ClipEHRAligner(MODALITIES, **ALIGNER).fit(X)
+    assert len(alone.retrieve(X, X, k=40)) == 40 * 40
+    grouped = ClipEHRAligner(MODALITIES, groups="patient", **ALIGNER).fit(X.iloc[2:])
+    found = grouped.retrieve(X, X.iloc[::-1], k=40)
+    patient = X["patient"].to_numpy()
+    assert (patient[found["row"]] != patient[::-1][found["memory_row"]]).all()
+    assert found["row"].value_counts().loc[[0, 1, 2, 39]].tolist() == [40, 40, 38, 38]
+    assert np.isfinite(found["similarity"]).all()
+    assert len(grouped.retrieve(X.drop(columns="patient"), X, k=40)) == 40 * 40
+
+
 def test_retrieval_of_sections(aligner, data):
     X, _ = data
     memory = pd.DataFrame({"note": ["COURSE: fever cough\nSKIN: rash hives", None, "CHEST: pain"]})

@@ -50,6 +50,14 @@ def graph():
     return KnowledgeGraph.from_triples(table.assign(evidence=[f"pm{i}" for i in range(len(table))]))
 
 
+def test_a_graph_in_another_language_is_told(graph):
+    X = pd.DataFrame({"note": ["Fieber und Husten", None], "icd": [["X1"], None]})
+    with pytest.warns(UserWarning, match=r"Nothing in the columns \['note', 'icd'\] of 2 rows"):
+        KnowledgeRetriever(graph, codes={"icd": "ICD9CM"}).fit(X)
+    with pytest.raises(ValueError, match=r"name yours in KnowledgeRetriever\(text="):
+        KnowledgeRetriever(graph).fit(X[["icd"]])
+
+
 def planted(graph, n, seed, risk=(0.15, 0.75)):
     """Notes of two conditions; the risk is high where the graph joins them. Alone, none tells."""
     rng = np.random.default_rng(seed)
@@ -537,6 +545,7 @@ def _task(estimator, X, y, folds):
     return task
 
 
+@pytest.mark.filterwarnings("ignore:Nothing in the columns")
 def test_both_stages_with_a_causal_model(llama, graph):
     X, y = worded(24, 5)
     stage1 = causal(llama, max_epochs=2)
@@ -582,6 +591,7 @@ def test_without_peft_the_message_says_what_to_install(llama, monkeypatch):
         causal(llama).fit(X, y)
 
 
+@pytest.mark.filterwarnings("ignore:Nothing in the columns")
 def test_encoder_stage(tmp_path, graph):
     bert = tiny_models.write_bert(tmp_path / "bert")
     X, y = worded(30, 8)

@@ -518,6 +518,22 @@ def test_most_abnormal_first_with_units_direction_and_range():
     assert list(text.get_feature_names_out()) == ["sodium", "lactate", "sex", "lab_text"]
 
 
+def test_what_lies_beyond_a_bound_is_written_beyond_it():
+    X = pd.DataFrame({"a": [1.50391, 1.50397, 2.0]})
+    text = LabTextifier(reference_ranges={"a": (1.50394, 1.9)}, units={"a": "u"})
+    assert text.fit_transform(X)["lab_text"].tolist() == [
+        "Abnormal results: a 1.50391 u low (1.50394-1.9).",
+        "",
+        "Abnormal results: a 2 u high (1.504-1.9).",
+    ]
+
+
+@pytest.mark.parametrize("option", ["reference_ranges", "units", "names"])
+def test_options_for_no_column_are_refused(option):
+    with pytest.raises(ValueError, match=rf"{option} speaks of \['lactat'\], which X has no col"):
+        LabTextifier(["lactate"], **{option: {"lactat": (0, 1)}}).fit(lab_frame())
+
+
 def test_normal_results_follow_and_the_count_is_held():
     ranges = {"sodium": (135, 145), "lactate": (0.5, 2.0)}
     options = {"reference_ranges": ranges, "abnormal_only": False, "names": {"sodium": "Na"}}

@@ -301,6 +301,9 @@ def test_slips_of_a_single_record_are_explained():
         Events("course").fit(words)
 
 
+LIST_OF_NUMBERS = pd.ArrowDtype(pa.list_(pa.float32()))
+
+
 def test_summary_takes_events_alone_and_passes_on_what_trees_can_read():
     event = [{"time": -1.0, "code": "HR", "value": 80.0}]
     X = pd.DataFrame(
@@ -319,8 +322,11 @@ def test_summary_takes_events_alone_and_passes_on_what_trees_can_read():
     assert summary.left_out_ == ["empty", "history", "vector", "note", "never"]
     assert list(summary.transform(X).columns[:2]) == ["sex", "age"]
     assert list(summary.transform(X).columns) == list(summary.get_feature_names_out())
-    found = EventSummary().fit(X.drop(columns="vector"))
-    assert found.columns_ == ["vitals", "empty"]
+    assert EventSummary().fit(X).columns_ == ["vitals", "empty"]
+    kept = X[["vector"]].assign(vector=pd.Series([[0.5, 1.0]] * 300, dtype=LIST_OF_NUMBERS))
+    assert EventSummary().fit(kept).left_out_ == ["vector"]
+    with pytest.raises(ValueError, match="'vitals' holds a list whose items are no records"):
+        EventSummary().fit(X.assign(vitals=[["HR", "RR"]] * 300))
     with pytest.raises(ValueError, match=r"X lacks the columns \['nope'\]"):
         EventSummary(["nope"]).fit(X)
 
@@ -328,6 +334,7 @@ def test_summary_takes_events_alone_and_passes_on_what_trees_can_read():
 def test_summary_feeds_boosting_from_a_frame_of_every_kind():
     data = make_ehr(n_samples=120, random_state=0, as_bunch=True)
     trees = HistGradientBoostingClassifier(max_iter=5, categorical_features="from_dtype")
-    X = data.X.drop(columns=["image", "cxr"])
-    p = make_pipeline(EventSummary(), trees).fit(X, data.y).predict_proba(X)
-    assert np.isfinite(p).all()
+    for X in (data.X, data.X.assign(sex=data.X["sex"].astype("string"))):
+        X = X.assign(sex=X["sex"].where(np.arange(120) > 10))
+        p = make_pipeline(EventSummary(), trees).fit(X, data.y).predict_proba(X)
+        assert np.isfinite(p).all()

@@ -53,8 +53,9 @@ class Handover:
             # Silently preferring either side would make `name__param` a dead axis of a grid.
             here, there = _described(declared[name], X), _described(fitted[name], X)
             if here != there:
+                ours, theirs = (getattr(m[name], "declared", m[name]) for m in (declared, fitted))
                 raise ValueError(
-                    f"Modality {name!r} is {declared[name]} here but {fitted[name]} in "
+                    f"Modality {name!r} is {ours} here but {theirs} in "
                     "`pretrained`; give both the same columns and parameters."
                 )
 

@@ -238,17 +238,31 @@ class ValueTarget:
 
     def __init__(self, y):
         self.task_names = [str(name) for name in getattr(y, "columns", [])] or None
-        y = np.asarray(y, dtype="float64")
+        y = _floats(y)
         y = column_or_1d(y, warn=True) if y.ndim == 2 and y.shape[1] == 1 else y
         self.flat = y.ndim == 1
         y = self._numbers(y)
         self.n_outputs = y.shape[1]
-        self.center, scale = np.nanmean(y, 0), np.nanstd(y, 0)
-        self.scale = np.where(scale > 0, scale, 1.0)
+        unknown = np.flatnonzero(np.isnan(y).all(0))
+        if len(unknown):
+            names = [self.task_names[k] if self.task_names else k for k in unknown]
+            warnings.warn(
+                f"No value of {names} is known in y; NaN is predicted there.",
+                UserWarning,
+                stacklevel=6,
+            )
+        self._learn(y)
         self.start = np.zeros(self.n_outputs, "float32")
 
+    def _learn(self, y):
+        known = ~np.isnan(y).all(0)  # of nothing there is no mean
+        self.center, self.scale = np.full(len(known), np.nan), np.ones(len(known))
+        self.center[known] = np.nanmean(y[:, known], 0)
+        scale = np.nanstd(y[:, known], 0)
+        self.scale[known] = np.where(scale > 0, scale, 1.0)
+
     def _numbers(self, y):
-        y = np.asarray(y, dtype="float64")
+        y = _floats(y)
         assert_all_finite(y, input_name="y", allow_nan=y.ndim == 2 and y.shape[1] > 1)
         return y[:, None] if y.ndim == 1 else y
 
@@ -260,8 +274,7 @@ class ValueTarget:
     def relearn(self, y: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Take centre and scale from some rows of encoded y alone; returns y, encoded anew."""
         raw = y * self.scale + self.center
-        self.center, scale = np.nanmean(raw[rows], 0), np.nanstd(raw[rows], 0)
-        self.scale = np.where(scale > 0, scale, 1.0)
+        self._learn(raw[rows])
         return ((raw - self.center) / self.scale).astype("float32")
 
     def loss(self, guess: Tensor, y: Tensor, weight: Tensor) -> Tensor:
@@ -279,6 +292,13 @@ class ValueTarget:
     def strata(self, y: np.ndarray) -> np.ndarray | None:
         """Nothing."""
         return None
+
+
+def _floats(y):
+    """Numbers as float64, NaN for every kind of null."""
+    if hasattr(y, "to_numpy"):
+        return y.to_numpy("float64", na_value=np.nan)
+    return np.asarray(y, dtype="float64")
 
 
 def by_name(y, names):

@@ -97,11 +97,11 @@ def parts(cohort, *names):
 
 def graph():
     table = pd.DataFrame({
-        "head": ["sepsis", "fever", "sepsis", "cough"],
-        "relation": ["causes", "suggests", "treated_by", "suggests"],
-        "tail": ["fever", "sepsis", "fluids", "fever"],
-        "date": ["2001", None, "2010-05-01", None],
-        "evidence": ["pm1", "pm2", "pm3", "pm4"],
+        "head": ["sepsis", "fever", "sepsis", "cough", "hypotension"],
+        "relation": ["causes", "suggests", "treated_by", "suggests", "suggests"],
+        "tail": ["fever", "sepsis", "fluids", "fever", "sepsis"],
+        "date": ["2001", None, "2010-05-01", None, None],
+        "evidence": ["pm1", "pm2", "pm3", "pm4", "pm5"],
     })  # fmt: skip
     return KnowledgeGraph.from_triples(table)
 

@@ -1,5 +1,7 @@
 """y <-> tensor: losses in closed form, probabilities, weights, unknown labels."""
 
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -176,6 +178,26 @@ def test_label_unseen_in_fit_is_explained():
 def test_one_named_task_is_a_plain_outcome():
     target = classification_target(pd.DataFrame({"death": [0, 1, 1]}))
     assert isinstance(target, ClassTarget)
+
+
+def test_values_of_nullable_frames():
+    y = pd.DataFrame({"a": pd.array([1, None, 5], dtype="Int64"), "b": [1.0, 2.0, 6.0]})
+    target = ValueTarget(y)
+    np.testing.assert_allclose(target.center, [3, 3])
+    assert np.isnan(target.encode(y)).tolist() == [[False, False], [True, False], [False, False]]
+    with pytest.raises(ValueError, match="Input y contains NaN"):
+        ValueTarget(y["a"])
+
+
+def test_values_of_which_none_is_known_are_told():
+    y = pd.DataFrame({"a": [1.0, 3.0], "b": [np.nan, np.nan]})
+    with pytest.warns(UserWarning, match=r"No value of \['b'\] is known in y; NaN is predicted"):
+        target = ValueTarget(y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoded = target.relearn(target.encode(y), np.array([0, 1]))
+    np.testing.assert_allclose(encoded, [[-1, np.nan], [1, np.nan]])
+    assert np.isnan(target.values(np.zeros((3, 2)))).tolist() == [[False, True]] * 3
 
 
 def test_task_of_which_nothing_is_known_is_a_coin():

@@ -300,6 +300,11 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
             check_scalar(getattr(self, name), name, Integral, min_val=1)
         for name in ("contrastive_weight", "regression_weight", "reconstruction_weight"):
             check_scalar(getattr(self, name), name, Real, min_val=0)
+        if not self.contrastive_weight + self.regression_weight + self.reconstruction_weight:
+            raise ValueError(
+                "contrastive_weight, regression_weight and reconstruction_weight are all 0, so "
+                "there is nothing to learn; give one of them a weight."
+            )
         check_scalar(self.trainable_layers, "trainable_layers", Integral, min_val=1)
         check_scalar(self.temperature, "temperature", Real, min_val=1e-2)
         check_scalar(
@@ -383,7 +388,7 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
         """
         check_is_fitted(self)
         if isinstance(X, pd.DataFrame):  # a note that is there would be read for nothing
-            X = X.drop(columns=self.fit_only_columns_, errors="ignore")
+            X = X.drop(columns=getattr(self, "fit_only_columns_", []), errors="ignore")
         return self._predict(X)[:, : self.module_.n_outputs]
 
     def transform_text(self, X):
@@ -404,7 +409,8 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
         if isinstance(X, str):
             raise ValueError("X is one str; give a list of texts, such as [text].")
         if not isinstance(X, pd.DataFrame):
-            X = pd.DataFrame({columns[0]: pd.Series(list(X), dtype=object)})
+            notes = pd.Series(list(X), dtype=object)
+            X = pd.DataFrame({columns[0]: notes} | dict.fromkeys(columns[1:]))
         lost = [c for c in columns if c not in X.columns]
         if lost:
             raise ValueError(f"X lacks the columns of the notes {lost}; add them.")
@@ -482,7 +488,7 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
         ----------
         X : DataFrame of shape (n_samples, n_columns)
             Rows that lack a side are left out.
-        k : tuple of int, default=(1, 5, 10)
+        k : int or tuple of int, default=(1, 5, 10)
 
         Returns
         -------
@@ -496,7 +502,7 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
         record, note = np.split(both, 2, axis=1)
         here = (record != 0).any(1) & (note != 0).any(1)
         record, note = record[here], note[here]
-        rows = {}
+        rows, k = {}, np.atleast_1d(k)
         for name, a, b in (("record to note", record, note), ("note to record", note, record)):
             rank = _ranks(a, b)
             rows[name] = {f"recall_at_{n}": _mean(rank <= n) for n in k}

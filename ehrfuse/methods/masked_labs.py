@@ -450,10 +450,10 @@ class MaskedLabPretrainer(TorchEncoder):
         spread = pd.DataFrame(index=frame.index)
         for name, m in self.modalities_.items():
             row, code, _ = holes[name]
-            value = m.values_.restore(code, guess[name])
+            value = m.restore(code, guess[name])
             for column, whole in m.fill(cells[name], row, code, value).items():
                 filled[column] = whole
-            error = std[name] * m.values_.scale[code]
+            error = std[name] * m.values_.unit(code)
             for column, whole in m.fill(cells[name], row, code, error, measured=0.0).items():
                 spread[column] = whole
         return (filled, spread) if return_std else filled

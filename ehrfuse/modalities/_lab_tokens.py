@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 from pandas.api.types import is_numeric_dtype
 from scipy.special import ndtri
 
 from ehrfuse._data import Block
 from ehrfuse.modalities._base import Modality
-from ehrfuse.modalities._numbers import read_numbers, scaled
+from ehrfuse.modalities._numbers import read_numbers, read_origin, scaled
 from ehrfuse.modalities._streams import Records, read_records
 from ehrfuse.modalities._summary import code_ids, event_values, learn_codes
 from ehrfuse.nn.lab_transformer import LabTransformer
@@ -79,9 +80,14 @@ class QuantileScale:
         """Standard deviations from the mean."""
         return scaled(value, self.center[code], self.scale[code]).astype("float32")
 
+    def unit(self, code):
+        """A standard deviation in the unit of the analyte; 0 where all values were equal."""
+        constant = self.knots[:, 0] == self.knots[:, -1]
+        return np.where(constant, 0.0, self.scale)[code]
+
     def restore(self, code, standard):
         """The unit of the analyte again."""
-        return standard * self.scale[code] + self.center[code]
+        return standard * self.unit(code) + self.center[code]
 
 
 class Tokens(Modality):
@@ -139,6 +145,10 @@ class Tokens(Modality):
             self.use_time, self.n_bins,
         )  # fmt: skip
 
+    def restore(self, code, standard):
+        """Values in their own unit from standard deviations."""
+        return self.values_.restore(code, standard)
+
     def _block(self, present, code, value, offsets, time):
         known = ~np.isnan(value)
         standard = np.full(len(value), np.nan, "float32")
@@ -154,15 +164,19 @@ class TableTokens(Tokens):
     """`Labs`: every measured cell is a token; a cell has no time."""
 
     def _learn(self, cells):
-        table = read_numbers(cells, self.columns_)
+        self.origin_ = read_origin(cells, self.columns_)
+        table = read_numbers(cells, self.columns_, self.origin_)
         self.codes_ = list(self.columns_)
         known = ~np.isnan(table)
         self.maskable_ = known.any(axis=0)
         self.rate_ = known.mean(axis=0).clip(1e-3)
         self.values_ = QuantileScale.learn(np.nonzero(known)[1], table[known], self.n_codes)
 
+    def restore(self, code, standard):
+        return super().restore(code, standard) + self.origin_[code]
+
     def _read(self, cells, present):
-        table = read_numbers(cells, self.columns_)
+        table = read_numbers(cells, self.columns_, self.origin_)
         # A column that no training row had is not read: nobody trained its vector.
         known = ~np.isnan(table) & self.maskable_ & present[:, None]
         present = known.any(axis=1)
@@ -172,7 +186,8 @@ class TableTokens(Tokens):
 
     def holes(self, cells):
         """Row, analyte and (no) time of every null cell that can be filled."""
-        row, code = np.nonzero(np.isnan(read_numbers(cells, self.columns_)) & self.maskable_)
+        table = read_numbers(cells, self.columns_, self.origin_)
+        row, code = np.nonzero(np.isnan(table) & self.maskable_)
         return row, code, np.zeros(len(row), "float32")
 
     def fill(self, cells, row, code, value, measured=None):
@@ -240,10 +255,11 @@ class StreamTokens(Tokens):
         records, values = self._records(cells)
         codes = code_ids(records, self.codes_)
         hole = np.flatnonzero(np.isnan(values) & (codes >= 0) & self.maskable_[codes])
+        whole, kind = _as_measured(records)
         if measured is not None:
-            values[~np.isnan(values)] = measured
-        values[hole] = value
-        fields = records.fields | {"value": pa.array(values, pa.float32(), from_pandas=True)}
+            whole[~np.isnan(values)] = measured
+        whole[hole] = value
+        fields = records.fields | {"value": pa.array(whole, kind, from_pandas=True)}
         flat = pa.StructArray.from_arrays(list(fields.values()), names=list(fields))
         absent = np.append(self._only(cells).isna().to_numpy(dtype=bool), False)
         offsets = pa.array(records.offsets.astype("int32"), mask=absent)
@@ -253,6 +269,16 @@ class StreamTokens(Tokens):
     def never_seen(self, cells):
         """Nothing: a record of an unknown code stays as it is."""
         return []
+
+
+def _as_measured(records):
+    """Values of records as exact as they came, NaN where null, and the type that holds them."""
+    given = records.fields.get("value")
+    if given is None or pa.types.is_null(given.type):
+        return np.full(len(records.time), np.nan), pa.float32()
+    small = pa.types.is_float32(given.type) or pa.types.is_float16(given.type)
+    exact = pc.cast(given, pa.float64()).to_numpy(zero_copy_only=False)
+    return np.array(exact), pa.float32() if small else pa.float64()
 
 
 def _as_float(column):

@@ -207,7 +207,7 @@ def check_sizes(params):
         raise ValueError("n_independent and n_shared are both 0; TabNet needs a layer.")
     for name, low, high in (("gamma", 1.0, np.inf), ("momentum", 0.0, 1.0)):
         value = getattr(params, name)
-        if value is not None and not low <= value <= high:
+        if value is not None and not (low <= value <= high and np.isfinite(value)):
             raise ValueError(f"{name}={value!r} must lie between {low:g} and {high:g}.")
     if params.mask_type is not None:
         check_option(params.mask_type, "mask_type", ("sparsemax", "entmax"))

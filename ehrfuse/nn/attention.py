@@ -78,12 +78,12 @@ class CrossBlock(nn.Module):
         return x + self.hidden(self.norm_hidden(x))
 
 
-def check_heads(d_model: int, n_heads: int) -> None:
-    """Raise where the width cannot be shared out among the heads."""
-    if d_model % n_heads:
+def check_heads(width: int, n_heads: int, name: str = "d_model") -> None:
+    """Raise where the width, a parameter called `name`, cannot be shared out among the heads."""
+    if width % n_heads:
         raise ValueError(
-            f"d_model={d_model} cannot be split into n_heads={n_heads}; "
-            "choose a d_model that is a multiple of n_heads."
+            f"{name}={width} cannot be split into n_heads={n_heads}; "
+            f"choose a {name} that is a multiple of n_heads."
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ehrfuse.nn.attention import CrossBlock, TransformerBlock, sinusoids
+from ehrfuse.nn.attention import CrossBlock, TransformerBlock, check_heads, sinusoids
 from ehrfuse.nn.encoders import Tokens
 
 N_FREQUENCIES = 8
@@ -69,6 +69,7 @@ class LabTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.n_outputs = d_model
+        check_heads(width, n_heads, "width")
         self.what = nn.Embedding(n_codes, width)
         self.level = nn.Embedding(n_codes, width)
         self.summary = nn.Parameter(torch.randn(width) * 0.02)

@@ -174,6 +174,28 @@ def test_retrieval_of_sections(aligner, data):
         aligner.retrieve(X.head(1), memory.iloc[[1]])
 
 
+def test_strings_stand_for_the_first_of_several_notes(data):
+    X, _ = data
+    X = X.iloc[:60].assign(second=X["note"].iloc[:60].str.upper())
+    fitted = ClipEHRAligner(MODALITIES | {"more": Text("second")}, **ALIGNER).fit(X)
+    first = fitted.transform_text(X.assign(second=None))
+    np.testing.assert_allclose(fitted.transform_text(X["note"].tolist()), first)
+    assert fitted.similarity(X.iloc[:2], ["fever", "rash"]).shape == (2, 2)
+    assert len(fitted.retrieve(X.iloc[:2], X, k=3)) == 6
+    assert fitted.zero_shot_proba(X.iloc[:2], ["fever", "rash"]).shape == (2, 2)
+
+
+def test_nothing_to_learn_is_refused(data):
+    none = dict.fromkeys(("contrastive_weight", "regression_weight", "reconstruction_weight"), 0)
+    with pytest.raises(ValueError, match="reconstruction_weight are all 0"):
+        ClipEHRAligner(MODALITIES, **ALIGNER | none).fit(data[0])
+
+
+def test_one_k_will_do(aligner, data):
+    table = aligner.retrieval_scores(data[0], k=5)
+    assert list(table) == ["recall_at_5", "median_rank", "n"]
+
+
 def test_texts_that_are_no_list_are_refused(aligner, data):
     """One str is a list of letters: without a word it would be read as so many notes."""
     X, _ = data

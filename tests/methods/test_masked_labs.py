@@ -186,7 +186,7 @@ def test_columns_have_no_order():
             table.weight.copy_(table.weight[order])
     scale = tokens.values_
     tokens.values_ = QuantileScale(scale.knots[order], scale.center[order], scale.scale[order])
-    tokens.columns_ = [LABS[j] for j in order]
+    tokens.columns_, tokens.origin_ = [LABS[j] for j in order], tokens.origin_[order]
     np.testing.assert_allclose(model.transform(X), before, atol=1e-6)
 
 
@@ -255,6 +255,43 @@ def test_what_was_measured_stays_exactly(fitted):
     assert (filled["note"] == "as it was").all()
     assert (std[LABS].to_numpy()[measured] == 0).all()
     assert (std[LABS].to_numpy()[~measured] > 0).all()
+
+
+def test_a_constant_column_is_filled_with_its_constant():
+    X, _ = low_rank(60)
+    X["lactate"] = X["lactate"].where(X["lactate"].isna(), 1e-3)
+    model = MaskedLabPretrainer({"labs": Labs(LABS)}, **SMALL).fit(X)
+    filled, std = model.impute(X, return_std=True)
+    np.testing.assert_allclose(filled["lactate"], 1e-3)
+    assert (std["lactate"] == 0).all()
+
+
+def test_numbers_far_from_zero_are_told_apart():
+    X = pd.DataFrame({"seconds": 1.7e9 + np.arange(60.0), "a": np.arange(60.0)})
+    X.loc[::5, "seconds"] = np.nan
+    model = MaskedLabPretrainer({"labs": Labs(["seconds", "a"])}, **SMALL).fit(X)
+    block = model.modalities_["labs"].transform(X)
+    code, value = (block.ragged[name][0] for name in ("code", "value"))
+    assert len(np.unique(value[code == 0])) == 48
+    filled = model.impute(X)
+    pd.testing.assert_series_equal(filled["seconds"].where(X["seconds"].notna()), X["seconds"])
+    assert filled["seconds"].between(1.7e9 - 200, 1.7e9 + 260).all()
+
+
+def test_measured_events_stay_exactly():
+    records = [{"time": -2.0, "code": "pH", "value": 7.35}, {"time": -1.0, "code": "pH"}]
+    X = pd.DataFrame({"course": [records, [{"time": -1.0, "code": "pH", "value": 16777217.0}]] * 9})
+    model = MaskedLabPretrainer({"course": Events("course")}, **SMALL).fit(X)
+    filled, std = model.impute(X, return_std=True)
+    assert filled["course"][0][0]["value"] == 7.35
+    assert filled["course"][1][0]["value"] == 16777217.0
+    assert np.isfinite(filled["course"][0][1]["value"])
+    assert std["course"][0][0]["value"] == 0.0
+
+
+def test_heads_that_do_not_fit_are_named_as_they_were_given():
+    with pytest.raises(ValueError, match="width=10 cannot be split into n_heads=4"):
+        MaskedLabPretrainer({"labs": Labs(LABS)}, width=10, n_heads=4).fit(low_rank(30)[0])
 
 
 def test_repeated_masks_average_and_say_how_sure_they_are():
@@ -337,8 +374,9 @@ def test_rows_without_labs_have_a_learned_vector(fitted):
     assert np.isfinite(out).all()
     assert (out == out[0]).all()
     filled = fitted.impute(X)
-    center = fitted.modalities_["labs"].values_
-    assert (np.abs(filled.to_numpy() - center.center) < 2 * center.scale).all()
+    labs = fitted.modalities_["labs"]
+    center = labs.restore(np.arange(5), np.zeros(5))
+    assert (np.abs(filled.to_numpy() - center) < 2 * labs.values_.scale).all()
 
 
 def test_score_compares_ways_of_masking_on_one_task():

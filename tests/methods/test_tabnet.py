@@ -200,6 +200,7 @@ def test_predicts_unseen_categories_holes_and_single_rows(table):
     [
         ({"n_d": 0}, "n_d=0"),
         ({"gamma": 0.5}, "gamma=0.5"),
+        ({"gamma": np.inf}, "gamma=inf"),
         ({"mask_type": "softmax"}, "mask_type"),
         ({"n_shared": 0, "n_independent": 0}, "needs a layer"),
         ({"lambda_sparse": -1.0}, "lambda_sparse"),

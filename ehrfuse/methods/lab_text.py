@@ -5,7 +5,7 @@ into a template.
 """
 
 import re
-from numbers import Integral, Real
+from numbers import Integral, Number, Real
 
 import numpy as np
 import pandas as pd
@@ -13,6 +13,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import check_scalar
 from sklearn.utils.validation import check_is_fitted
 
+from ehrfuse._runtime import check_option
 from ehrfuse.modalities._base import describe
 from ehrfuse.modalities._numbers import _float64
 
@@ -27,7 +28,38 @@ def _refuse_other_than_frame(X):
         raise ValueError(f"X has columns of the same name: {twice[:5]}; every name must be unique.")
 
 
-class LabTextifier(TransformerMixin, BaseEstimator):
+class _TextWriter(TransformerMixin, BaseEstimator):
+    """What both share: one column written, the others passed through in the order of `fit`."""
+
+    def __init_subclass__(cls, auto_wrap_output_keys=None, **kwargs):
+        # By default scikit-learn puts the names of `fit` over a result's columns, by position. Here
+        # the result is a frame with names of its own, and may lack a column that nobody reads.
+        super().__init_subclass__(auto_wrap_output_keys=auto_wrap_output_keys, **kwargs)
+
+    def set_output(self, *, transform=None):
+        """Accept the settings that hold anyway: a frame comes out, whatever is set.
+
+        Parameters
+        ----------
+        transform : {"default", "pandas"} or None, default=None
+
+        Returns
+        -------
+        self : estimator
+        """
+        check_option(transform, "transform", ("default", "pandas", None))
+        return self
+
+    def _remember(self, X):
+        self.feature_names_in_ = np.array(X.columns, dtype=object)
+
+    def _with(self, X, column, texts):
+        """X with the texts in a column; other columns than those of `fit` are left out."""
+        out = X.assign(**{column: pd.Series(texts, index=X.index, dtype=object)})
+        return out.reindex(columns=[c for c in self.get_feature_names_out() if c in out.columns])
+
+
+class LabTextifier(_TextWriter):
     """Write the abnormal labs of every row out as a text column.
 
     The most abnormal first, with value, unit, direction and reference range, for a `Text` modality
@@ -35,13 +67,14 @@ class LabTextifier(TransformerMixin, BaseEstimator):
 
     Parameters
     ----------
-    columns : list of str or None, default=None
+    columns : str, list of str or None, default=None
         Numeric columns, one analyte each; None takes all numeric columns.
     output : str, default="lab_text"
-        Name of the column added.
+        Name of the column added, the last; a column of X that has the name is replaced.
     reference_ranges : dict of str to (float, float), or None, default=None
-        Lowest and highest normal value of analytes, in the unit of the column. Where none is given,
-        the range is that of the middle of the training values, see `coverage`.
+        Lowest and highest normal value of analytes, in the unit of the column; None leaves a side
+        open. Of analytes without an entry, the range is that of the middle of the training values,
+        see `coverage`.
     coverage : float, default=0.9
         Share of the training values that a range learned from the data holds.
     units : dict of str to str, or None, default=None
@@ -60,7 +93,11 @@ class LabTextifier(TransformerMixin, BaseEstimator):
     Notes
     -----
     A row without any value gets null, one with normal values only an empty string. How abnormal a
-    value is, is its distance from the range in widths of the range.
+    value is, is its distance from the range in widths of the range; of a range with one side open,
+    in sizes of its bound. From 1e-4 to 1e15, numbers are written without an exponent.
+
+    Columns come out in the order of `fit`. Columns that `fit` has not seen are left out. A column
+    of `fit` that is not read may be gone, as an outcome is at predict; the result then lacks it.
 
     Examples
     --------
@@ -113,24 +150,34 @@ class LabTextifier(TransformerMixin, BaseEstimator):
         )
         check_scalar(self.max_items, "max_items", Integral, min_val=1)
         _refuse_other_than_frame(X)
-        numeric = X.select_dtypes("number").columns
-        self.columns_ = list(numeric if self.columns is None else self.columns)
-        self.feature_names_in_ = np.array(X.columns, dtype=object)
+        self.columns_ = self._named(X)
+        self._remember(X)
         self._refuse_strange_keys(X)
         given = self.reference_ranges or {}
-        tail = (1 - self.coverage) / 2
-        self.ranges_ = {}
-        for column, values in self._values(X).items():
-            known = values[~np.isnan(values)]
-            learned = np.quantile(known, [tail, 1 - tail]) if len(known) else (-np.inf, np.inf)
-            low, high = given.get(column, learned)
-            if not low <= high:
-                raise ValueError(
-                    f"reference_ranges[{column!r}] is ({low}, {high}); the lowest normal value "
-                    "comes first."
-                )
-            self.ranges_[column] = float(low), float(high)
+        self.ranges_ = {
+            column: _given_range(column, given[column]) if column in given else self._learn(values)
+            for column, values in self._values(X).items()
+        }
         return self
+
+    def _named(self, X):
+        """Columns to read; raise for none, and for one that is named twice."""
+        columns = self.columns
+        if columns is None:  # to pandas, a duration is a number
+            columns = X.select_dtypes("number", exclude="timedelta").columns
+        columns = [columns] if isinstance(columns, str) else list(columns)
+        if not columns:
+            raise ValueError(
+                f"columns={self.columns!r} finds no numeric column in X; name one at least."
+            )
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"columns={columns} names a column twice; name every column once.")
+        return columns
+
+    def _learn(self, values):
+        tail, known = (1 - self.coverage) / 2, values[~np.isnan(values)]
+        low, high = np.quantile(known, [tail, 1 - tail]) if len(known) else (-np.inf, np.inf)
+        return float(low), float(high)
 
     def _refuse_strange_keys(self, X):
         for option in ("reference_ranges", "units", "names"):
@@ -163,16 +210,16 @@ class LabTextifier(TransformerMixin, BaseEstimator):
 
         Returns
         -------
-        X_out : DataFrame of shape (n_samples, n_columns + 1)
+        X_out : DataFrame of shape (n_samples, n_columns_out)
+            The columns of `get_feature_names_out`, without those that X lacks.
         """
         check_is_fitted(self)
         values = self._values(X)
         table = np.column_stack(list(values.values()))
         low, high = np.array([self.ranges_[c] for c in self.columns_]).T
-        width = np.where(np.isfinite(high - low) & (high > low), high - low, 1.0)
-        beyond = np.maximum(low - table, table - high) / width
+        beyond = np.maximum(low - table, table - high) / _widths(low, high)
         texts = [self._write(row, far, low, high) for row, far in zip(table, beyond, strict=True)]
-        return X.assign(**{self.output: pd.Series(texts, index=X.index, dtype=object)})
+        return self._with(X, self.output, texts)
 
     def _write(self, row, far, low, high):
         """Text of one row: values (p,), and how far outside their ranges (p,)."""
@@ -195,15 +242,15 @@ class LabTextifier(TransformerMixin, BaseEstimator):
         column = self.columns_[j]
         name, unit = (self.names or {}).get(column, column), (self.units or {}).get(column)
         passed, digits = min(max(value, low), high), 4
-        while value != passed and f"{value:.{digits}g}" == f"{passed:.{digits}g}":
+        while value != passed and _reads_as(value, passed, digits):
             digits += 1  # or it would seem to lie on the bound that it lies beyond
-        words = [name, f"{value:.{digits}g}"] + ([unit] if unit else [])
+        words = [name, _number(value, digits)] + ([unit] if unit else [])
         if value != passed:
-            words += ["low" if value < low else "high", f"({low:.{digits}g}-{high:.{digits}g})"]
+            words += ["low" if value < low else "high", f"({_range(low, high, digits)})"]
         return " ".join(words)
 
     def get_feature_names_out(self, input_features=None):
-        """Names of the columns.
+        """Names of the columns: those of `fit`, and `output` last unless it is among them.
 
         Parameters
         ----------
@@ -214,20 +261,110 @@ class LabTextifier(TransformerMixin, BaseEstimator):
         names : array of str
         """
         check_is_fitted(self)
+        if self.output in self.feature_names_in_:
+            return self.feature_names_in_
         return np.append(self.feature_names_in_, self.output)
+
+
+def _given_range(column, bounds):
+    """Lowest and highest normal value that a user gave, infinite where a side is open."""
+    pair = list(bounds) if np.iterable(bounds) else []
+    if len(pair) != 2 or not all(b is None or isinstance(b, Number) for b in pair):
+        raise ValueError(
+            f"reference_ranges[{column!r}] is {bounds!r}; it must be a pair of numbers (lowest, "
+            "highest), with None for a side that is open."
+        )
+    low = -np.inf if pair[0] is None else float(pair[0])
+    high = np.inf if pair[1] is None else float(pair[1])
+    if not (low <= high and low < np.inf and high > -np.inf):
+        raise ValueError(
+            f"reference_ranges[{column!r}] is ({low}, {high}); the lowest normal value "
+            "comes first, and None stands for a side that is open."
+        )
+    return low, high
+
+
+def _widths(low, high):
+    """Unit of the distance from every range: its width, or the size of its only bound, or 1."""
+    width = np.where(np.isfinite(high - low), high - low, 0.0)
+    bound = np.where(np.isfinite(low), low, high)
+    width = np.where(np.isfinite(low) != np.isfinite(high), abs(bound), width)
+    return np.where(width > 0, width, 1.0)
+
+
+def _number(value, digits):
+    """At least so many significant digits, and all before the point: no exponent to be split."""
+    whole = len(str(round(abs(value)))) if abs(value) <= 1e15 else 0
+    return f"{value:.{max(digits, whole)}g}"
+
+
+def _reads_as(value, other, digits):
+    return float(_number(value, digits)) == float(_number(other, digits))
+
+
+def _range(low, high, digits):
+    if np.isinf(low):
+        return f"<{_number(high, digits)}"
+    if np.isinf(high):
+        return f">{_number(low, digits)}"
+    return f"{_number(low, digits)}-{_number(high, digits)}"
 
 
 SECTIONS = (
     "chief complaint", "history of present illness", "present illness", "past medical history",
     "medical history", "medications on admission", "medication on admission",
 )  # fmt: skip
-# A heading: up to seven words before a colon, at the start of a line.
-_HEADING = re.compile(
-    r"^[ 	]*([A-Za-z][A-Za-z/&,\-]*(?: [A-Za-z/&,\-]+){0,6})[ 	]*:", re.MULTILINE
+MAX_WORDS = 7  # of a heading that is not all in capitals
+# What may be a heading: a bullet or number if any, words, and a colon that is none of a time or an
+# address, nor in brackets. Possessive quantifiers (*+) make a line of many dashes cheap.
+_LINE = re.compile(
+    r"""^(?:[^\w\n(\[]|_)*+(?:\w{1,4}[.)][ \t]*+)?
+    (?P<words>(?:\([^)\n]{0,80}+\)|\[[^]\n]{0,80}+\]|[^:\n]){1,120}+):(?!//|(?<=\d:)\d\d)""",
+    re.MULTILINE | re.VERBOSE,
 )
+_BRACKETS = re.compile(r"\([^)]*\)|\[[^]]*\]")
+_SENTENCE = re.compile(r"[.;?!]\s")
+_TITLE = re.compile(r"[A-Z]\w{2,}(?:\s+[A-Z]\w{2,})+,")  # Hospital Course, by problem; no "In ED,"
 
 
-class NoteSectionizer(TransformerMixin, BaseEstimator):
+def _headings(note, wanted):
+    """Where the headings of a note start, in order; and the set of those that are wanted."""
+    lines = [(match.start(), match["words"]) for match in _LINE.finditer(note)]
+    kept = {start for start, words in lines if wanted & _names(words)}
+    likely = [(start, words) for start, words in lines if _like_heading(_unbracketed(words))]
+    capital = [line for line in likely if not _first_letter(_unbracketed(line[1])).islower()]
+    # A note without any capital heading is one in small letters.
+    return sorted(kept.union(start for start, _ in capital or likely)), kept
+
+
+def _like_heading(text):
+    if not _first_letter(text) or _SENTENCE.search(text):
+        return False
+    short = len(text.split()) <= MAX_WORDS and ("," not in text or bool(_TITLE.match(text)))
+    return short or text.isupper()
+
+
+def _unbracketed(text):
+    """Without what is in brackets, unless all words are."""
+    rest = _BRACKETS.sub("", text).strip()
+    return rest if _first_letter(rest) else text
+
+
+def _first_letter(text):
+    return next(filter(str.isalpha, text), "")
+
+
+def _names(heading):
+    """What a heading may be called by: as it stands, and without what is in brackets."""
+    return {_bare(heading), _bare(_unbracketed(heading))} - {""}
+
+
+def _bare(heading):
+    """In small letters, single spaces, without marks around it."""
+    return re.sub(r"^[\W_]+|[\W_]+$", "", " ".join(heading.lower().split()))
+
+
+class NoteSectionizer(_TextWriter):
     r"""Keep the sections of a note that may be read; a note of unknown layout stays whole.
 
     Nothing is learned. The defaults are the four sections that MEDFuse reads of a discharge
@@ -238,11 +375,26 @@ class NoteSectionizer(TransformerMixin, BaseEstimator):
     column : str, default="note"
     sections : tuple of str or None, default=None
         Headings to keep, whatever their case: a line that starts with one and a colon. None keeps
-        the chief complaint, the present illness, the medical history and the drugs on admission.
+        the chief complaint, the present illness, the medical history and the drugs on admission;
+        an empty tuple keeps the whole note.
     max_words : int or None, default=None
         Cut longer texts in the middle: their start and their end stay.
     hide_terms : tuple of str, default=()
-        Words and phrases to take out, whatever their case: those that name the label.
+        Words and phrases to take out, whatever their case and the white space between their words:
+        those that name the label.
+
+    Notes
+    -----
+    A heading stands at the start of a line, after a bullet or a number if any, and ends in a colon:
+    no full stop within, and either all in capitals or at most seven words that begin with a capital
+    (unless no heading of the note does), with a comma only after two capitalized words, as in
+    "Hospital Course, by problem:". A name in `sections` is one whatever its form. What is in
+    brackets does not count: "Medical History (per family):" is kept as "Medical History:" is. A
+    section ends at the next heading, even one of an item in a list: in doubt text is lost rather
+    than an outcome told.
+
+    A note without any heading stays whole; one with headings none of which is wanted becomes an
+    empty string. Columns come out as `LabTextifier` gives them.
 
     Examples
     --------
@@ -277,9 +429,14 @@ class NoteSectionizer(TransformerMixin, BaseEstimator):
         for name in ("sections", "hide_terms"):
             if isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a tuple of str, got one str; put it in brackets.")
-        _refuse_other_than_frame(X)
-        self.feature_names_in_ = np.array(X.columns, dtype=object)
+        self._check_column(X)
+        self._remember(X)
         return self
+
+    def _check_column(self, X):
+        _refuse_other_than_frame(X)
+        if self.column not in X.columns:
+            raise ValueError(f"X has no column {self.column!r}; name the column of the notes.")
 
     def transform(self, X):
         """Replace the column by what is kept of it; null stays null.
@@ -291,15 +448,11 @@ class NoteSectionizer(TransformerMixin, BaseEstimator):
         Returns
         -------
         X_out : DataFrame of shape (n_samples, n_columns)
+            The columns of `get_feature_names_out`, without those that X lacks.
         """
         check_is_fitted(self)
-        _refuse_other_than_frame(X)
-        if self.column not in X.columns:
-            raise ValueError(f"X has no column {self.column!r}; name the column of the notes.")
-        terms = sorted(self.hide_terms, key=len, reverse=True)
-        pattern = "|".join(rf"(?<!\w){re.escape(term)}(?!\w)" for term in terms)
-        hidden = re.compile(pattern, re.IGNORECASE) if terms else None
-        notes = X[self.column]
+        self._check_column(X)
+        hidden, notes = _pattern(self.hide_terms), X[self.column]
         for row, (note, gone) in enumerate(zip(notes, notes.isna(), strict=True)):
             if not (gone or isinstance(note, str)):
                 raise ValueError(
@@ -310,21 +463,18 @@ class NoteSectionizer(TransformerMixin, BaseEstimator):
             None if gone else self._shorten(self._keep(note), hidden)
             for note, gone in zip(notes, notes.isna(), strict=True)
         ]
-        return X.assign(**{self.column: pd.Series(kept, index=X.index, dtype=object)})
+        return self._with(X, self.column, kept)
 
     def _keep(self, note):
-        found = list(_HEADING.finditer(note))
         sections = SECTIONS if self.sections is None else self.sections
-        wanted = {section.lower() for section in sections}
-        if not found:
+        if not len(sections):
             return note
-        ends = [match.start() for match in found[1:]] + [len(note)]
-        parts = [
-            note[match.start() : end].strip()
-            for match, end in zip(found, ends, strict=True)
-            if match[1].lower() in wanted
-        ]
-        return "\n".join(parts) if parts else note
+        starts, kept = _headings(note, {_bare(section) for section in sections})
+        if not starts:
+            return note
+        ends = starts[1:] + [len(note)]
+        parts = [note[a:b].strip() for a, b in zip(starts, ends, strict=True) if a in kept]
+        return "\n".join(parts)
 
     def _shorten(self, note, hidden):
         note = hidden.sub("", note) if hidden else note
@@ -347,3 +497,12 @@ class NoteSectionizer(TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self)
         return self.feature_names_in_
+
+
+def _pattern(terms):
+    """Any of the terms as whole words, the longest first; None for no term."""
+    split = sorted((term.split() for term in terms), key=lambda words: -sum(map(len, words)))
+    phrases = [r"\s+".join(map(re.escape, words)) for words in split if words]
+    if not phrases:
+        return None
+    return re.compile("|".join(rf"(?<!\w){p}(?!\w)" for p in phrases), re.IGNORECASE)

@@ -38,6 +38,7 @@ html_title = "ehrfuse"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
+html_sidebars = {"contributing": []}  # a page without pages below it
 html_theme_options = {
     "navigation_with_keys": False,
     "show_prev_next": True,

@@ -8,12 +8,15 @@ The network is in `_medfuse`.
 """
 
 import copy
+import warnings
 from dataclasses import replace
 from numbers import Integral, Real
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from sklearn.base import clone
-from sklearn.model_selection import GroupKFold, KFold, StratifiedKFold
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from sklearn.utils import check_random_state, check_scalar
 
 from ehrfuse._runtime import check_option
@@ -32,6 +35,20 @@ class NoteScores(Tabular):
 
     def __init__(self, columns):
         super().__init__(columns, n_bins=4, dropout=0.0, column_dropout=0.0)
+
+
+class Rows(NamedTuple):
+    """Rows that count, those of weight above 0, for the fits within a fit."""
+
+    X: pd.DataFrame
+    y: object  # as it came
+    encoded: np.ndarray
+    weight: np.ndarray
+
+    def at(self, index):
+        """Some of them."""
+        y = self.y.iloc[index] if hasattr(self.y, "iloc") else np.asarray(self.y)[index]
+        return Rows(self.X.iloc[index], y, self.encoded[index], self.weight[index])
 
 
 class MEDFuseClassifier(TorchClassifier):
@@ -76,9 +93,14 @@ class MEDFuseClassifier(TorchClassifier):
         None trains all parts together. A number of folds fits a text model first, and the fusion
         reads its log-odds, for every training row those of a model that has not seen the row, split
         by patient where `groups` is given: a text model is too sure of rows that it was tuned on.
+        There are no more folds than patients, and no log-odds of a class that some fold has all of.
+        `freeze` then means encoders of the text model by ``"encoders.note"``, if that is its name,
+        and by all else parts of the fusion.
     thresholds : {"f1"} or None, default=None
-        "f1" chooses for every task the threshold of `predict` with the best F1 on the validation
-        rows, or, without any, on out-of-fold predictions of three further fits. None is one half.
+        "f1" chooses for every task the threshold of `predict` with the best F1, rows weighed by
+        `sample_weight`, on the validation rows, or, without any, on out-of-fold predictions of
+        three further fits, with `cross_fit` of both stages each. None is one half, and so is a task
+        without positives to choose by.
     dropout : float, default=0.2
         In the last layers.
     class_weight : dict, "balanced" or None, default=None
@@ -294,20 +316,24 @@ class MEDFuseClassifier(TorchClassifier):
         """
         for name in [key for key in vars(self) if key.endswith("_")]:  # another fit's ways
             vars(self).pop(name)
-        if self.cross_fit is None:
-            super().fit(X, y, sample_weight, X_val=X_val, y_val=y_val)
-        else:
-            self._fit_in_stages(X, y, sample_weight, X_val, y_val)
+        fit = self._fit if self.cross_fit is None else self._fit_in_stages
+        fit(X, y, sample_weight, X_val, y_val)  # by no way longer: warnings count the calls
+        self.classes_ = self.target_.classes
+        if self.target_.task_names is not None:
+            self.target_names_ = self.target_.task_names
         if self.thresholds == "f1" and not hasattr(self, "thresholds_"):
-            inner = clone(self).set_params(thresholds=None)
-            p, target = _out_of_fold(inner, X, y, sample_weight, 3, self.groups, self._seed())
-            self.thresholds_ = _best_thresholds(target.encode(y), p)
+            self.thresholds_ = self._held_out_thresholds(X, y, sample_weight)
         return self
 
     def _seed(self):
         return int(check_random_state(self.random_state).randint(2**31 - 1))
 
     def _make_target(self, y):
+        whole = vars(self).pop("_whole", None)
+        if whole is not None:  # the classes of the whole fit, counted among the rows of this part
+            target = copy.copy(whole)
+            target.relearn(target.encode(y), slice(None))
+            return target
         target = super()._make_target(y)
         if self.thresholds == "f1" and target.task_names is None and target.n_outputs > 1:
             raise ValueError(
@@ -320,44 +346,61 @@ class MEDFuseClassifier(TorchClassifier):
         super()._train(data, validation, seed, device)
         if self.thresholds == "f1" and validation is not None:
             p = self.target_.probabilities(self._infer(self.module_, validation))
-            self.thresholds_ = _best_thresholds(validation.y[validation.rows], p)
+            rows = validation.rows
+            self.thresholds_ = _best_thresholds(validation.y[rows], p, validation.weight[rows])
         return self
+
+    def _held_out_thresholds(self, X, y, sample_weight):
+        X = self._frame(X, reset=False)
+        rows = self._counted(X, y, sample_weight, reset=False)
+        model = clone(self).set_params(thresholds=None)
+        # A fold that is cross-fitted itself needs two patients, beside the one that it leaves out.
+        p = self._out_of_fold(model, rows, 3, at_least=2 if self.cross_fit is None else 3)
+        return _best_thresholds(rows.encoded, p, rows.weight)
+
+    # ------------------------------------------------------------ two stages
 
     def _fit_in_stages(self, X, y, sample_weight, X_val, y_val):
         """A text model, its scores of rows that it has not seen, and the fusion that reads them."""
-        kept = {n: m for n, m in self._named().items() if isinstance(m, self._accepts)}
-        texts = {name: m for name, m in kept.items() if isinstance(m, Text)}
-        if not texts:
-            raise ValueError(
-                "cross_fit needs a Text modality, whose model is fitted first; "
-                f"the modalities are {list(kept)}. Use cross_fit=None."
-            )
         self._check_params()
+        X = self._frame(X, y, reset=True)
+        texts = _texts_of(self._declared(X))
+        others = {name: m for name, m in self.modalities.items() if name not in texts}
+        rows = self._counted(X, y, sample_weight, reset=True)
+        frozen = _frozen_parts(self.freeze, texts, others)
         alone = {"cross_fit": None, "thresholds": None, "random_state": self._seed()}
-        stage = clone(self).set_params(modalities=texts, pretrained=None, joint="none", **alone)
-        seed = alone["random_state"]
-        p, _ = _out_of_fold(stage, X, y, sample_weight, self.cross_fit, self.groups, seed)
-        self.text_stage_ = stage.fit(X, y, sample_weight)
-        columns = [f"note_score_{j}" for j in range(p.shape[1])]
-        rest = {name: m for name, m in kept.items() if name not in texts}
-        fusion = clone(self).set_params(
-            modalities={next(iter(texts)): NoteScores(columns), **rest},
-            **alone | {"thresholds": self.thresholds},
+        text = clone(self).set_params(
+            modalities=texts, pretrained=None, joint="none", freeze=frozen[0], **alone
         )
+        inside, aside = np.arange(len(rows.X)), None
         if X_val is not None:
-            X_val = self._with_scores(X_val)
-        self.fusion_stage_ = fusion.fit(
-            self._with_scores(X, p), y, sample_weight, X_val=X_val, y_val=y_val
+            X_val = self._frame(X_val, y_val, reset=False)
+        else:  # both stages will set the same rows aside, by the same seed
+            inside, aside = self._set_aside(rows.X, rows.encoded, rows.weight, text._seed())
+            self.target_.relearn(rows.encoded, inside)
+        p = self._fit_text_stage(text, rows, inside, aside, X_val=X_val, y_val=y_val)
+        if X_val is not None or aside is not None:
+            alone |= {"thresholds": self.thresholds}
+        fusion = clone(self).set_params(
+            modalities={next(iter(texts)): _note_scores(p), **others}, freeze=frozen[1], **alone
         )
-        names = ("classes_", "target_", "target_names_", "thresholds_", "ignored_modalities_")
-        for name in names:
-            if hasattr(fusion, name):
-                setattr(self, name, getattr(fusion, name))
-        stages = {**self.fusion_stage_.modalities_, **self.text_stage_.modalities_}
-        own = [c for m in stages.values() for c in m.columns_]
-        own += [] if self.groups is None else [self.groups]
-        self.feature_names_in_ = np.array(list(dict.fromkeys(own)), dtype=object)
-        self.n_features_in_ = len(self.feature_names_in_)
+        X_val = None if X_val is None else self._with_scores(X_val)
+        rows = rows._replace(X=self._with_scores(rows.X, p))
+        self.fusion_stage_ = self._fit_part(fusion, rows, X_val=X_val, y_val=y_val)
+        self.target_ = fusion.target_
+        if hasattr(fusion, "thresholds_"):
+            self.thresholds_ = fusion.thresholds_
+
+    def _fit_text_stage(self, text, rows, inside, aside, **validation):
+        """Probabilities of positives: out of fold of training rows, as in predict of others."""
+        p = np.empty(self._yes_or_no(rows.encoded).shape)
+        p[inside] = self._out_of_fold(text, rows.at(inside), self.cross_fit, **validation)
+        self.text_stage_ = self._fit_part(text, rows, **validation)
+        if aside is not None:
+            p[aside] = _positives(text, rows.X.iloc[aside])
+        # Null for a part of the rows would tell which fold has all of a class.
+        p[:, np.isnan(p).any(axis=0)] = np.nan
+        return p
 
     def _with_scores(self, X, p=None):
         """X with the log-odds of the text model; null where a row has no note."""
@@ -368,6 +411,63 @@ class MEDFuseClassifier(TorchClassifier):
         notes = [c for m in self.text_stage_.modalities_.values() for c in m.columns_]
         scores[X[notes].isna().all(axis=1).to_numpy()] = np.nan
         return X.assign(**{f"note_score_{j}": column for j, column in enumerate(scores.T)})
+
+    # ------------------------------------------------------------ fits within the fit
+
+    def _counted(self, X, y, sample_weight, *, reset):
+        encoded, weight = self._labels(X, y, sample_weight, reset=reset)
+        return Rows(X, y, encoded, weight).at(np.flatnonzero(weight))
+
+    def _fit_part(self, model, rows, **validation):
+        """Fit a stage, or the model of a fold, to the classes of this whole fit."""
+        model._whole = self.target_
+        with warnings.catch_warnings():  # the whole fit has said so
+            warnings.filterwarnings("ignore", ".*training rows are too few", UserWarning)
+            return model.fit(rows.X, rows.y, rows.weight, **validation)
+
+    def _out_of_fold(self, model, rows, n_splits, at_least=2, **validation):
+        """Probabilities (n, k) of positives from models that have not seen the row or its patient.
+
+        NaN where such a model has seen one class only, for it says nothing.
+        """
+        labels = self._yes_or_no(rows.encoded)
+        found = np.full(labels.shape, np.nan)
+        for inside, outside in self._folds(rows, n_splits, at_least, model._seed()):
+            fold = clone(model)
+            with warnings.catch_warnings():  # fits of all rows say what matters
+                warnings.simplefilter("ignore", UserWarning)
+                self._fit_part(fold, rows.at(inside), **validation)
+            seen = labels[inside]
+            both = (seen == 0).any(axis=0) & (seen == 1).any(axis=0)
+            found[outside] = np.where(both, _positives(fold, rows.X.iloc[outside]), np.nan)
+        return found
+
+    def _folds(self, rows, n_splits, at_least, seed):
+        """Folds that keep patients whole, and spread classes, or labels where there are tasks."""
+        known = ~np.isnan(rows.encoded).all(axis=1)
+        people, kind = np.arange(len(known)), StratifiedKFold
+        if self.groups is not None:
+            people, kind = pd.factorize(rows.X[self.groups])[0], StratifiedGroupKFold
+        n = len(np.unique(people[known]))
+        if n < at_least:
+            raise ValueError(
+                f"cross_fit={self.cross_fit} with thresholds={self.thresholds!r} holds rows out, "
+                f"so at least {at_least} patients (rows, without groups) need a label and a weight "
+                f"above 0; there are {n}. Use more of them, or cross_fit=None and thresholds=None."
+            )
+        k, strata = min(n_splits, n), self.target_.strata(rows.encoded)
+        strata = known if strata is None else strata
+        if np.unique(strata, return_counts=True)[1].max() < k:
+            strata = np.zeros(len(known))
+        with warnings.catch_warnings():  # of classes that not every fold can have
+            warnings.simplefilter("ignore", UserWarning)
+            return list(kind(k, shuffle=True, random_state=seed).split(strata, strata, people))
+
+    def _yes_or_no(self, encoded):
+        """Labels (n, k): of the tasks, or of every class but the first whether it is that one."""
+        if self.target_.task_names is not None:
+            return encoded
+        return (encoded == np.arange(1, len(self.target_.classes))).astype("float32")
 
     # ------------------------------------------------------------ predict
 
@@ -408,29 +508,37 @@ def _same_sizes(name, ours, theirs):
     return copy.copy(theirs).set_params(dropout=ours.dropout)
 
 
-def _out_of_fold(estimator, X, y, sample_weight, n_splits, groups, seed):
-    """Probabilities (n, k) of positives from models that have not seen the row or its patient."""
-    whole = np.asarray(y)
-    rows = np.arange(len(whole))
-    if groups is not None:
-        folds = GroupKFold(n_splits, shuffle=True, random_state=seed).split(rows, groups=X[groups])
-    elif whole.ndim == 1:
-        folds = StratifiedKFold(n_splits, shuffle=True, random_state=seed).split(rows, whole)
-    else:
-        folds = KFold(n_splits, shuffle=True, random_state=seed).split(rows)
-    weight = np.ones(len(whole)) if sample_weight is None else np.asarray(sample_weight)
-    found = None
-    for inside, outside in folds:
-        model = clone(estimator)
-        model.fit(_take(X, inside), _take(y, inside), weight[inside])
-        p = _positives(model, _take(X, outside))
-        found = np.zeros((len(whole), p.shape[1])) if found is None else found
-        found[outside] = p
-    return found, model.target_
+def _texts_of(modalities):
+    texts = {name: m for name, m in modalities.items() if isinstance(m, Text)}
+    if not texts:
+        raise ValueError(
+            "cross_fit needs a Text modality, whose model is fitted first; "
+            f"the modalities are {list(modalities)}. Use cross_fit=None."
+        )
+    return texts
 
 
-def _take(rows, index):
-    return rows.iloc[index] if hasattr(rows, "iloc") else np.asarray(rows)[index]
+def _note_scores(p):
+    """The columns with scores; without any, all, which then are absent in predict too."""
+    known = ~np.isnan(p).any(axis=0)
+    return NoteScores([f"note_score_{j}" for j in np.flatnonzero(known | ~known.any())])
+
+
+def _frozen_parts(freeze, texts, others):
+    """What to freeze in the text model and in the fusion; a name that neither has is refused there.
+
+    Trunk and heads are those of the fusion: to the text model nothing is handed over.
+    """
+    if isinstance(freeze, str):
+        return freeze, freeze
+    text, fusion = [], []
+    for part in freeze:
+        kind, name = (part + "..").split(".")[:2]
+        if kind == "encoders" and name not in others:
+            text.append(part)
+        if kind != "encoders" or name not in texts:
+            fusion.append(part)
+    return tuple(text), tuple(fusion)
 
 
 def _positives(model, X):
@@ -439,27 +547,28 @@ def _positives(model, X):
     return p if model.target_.task_names else p[:, 1:]
 
 
-def _best_thresholds(y, p):
+def _best_thresholds(y, p, weight):
     """The threshold of every task with the best F1; one half where a task has no positive.
 
     Parameters
     ----------
     y : array (n, k) of 0, 1 and NaN
-    p : array (n, k) or, for one outcome of two classes, (n, 2)
+    p : array (n, k) or, for one outcome of two classes, (n, 2); NaN where nobody knows
+    weight : array (n,)
     """
     p = p[:, 1:] if y.shape[1] == 1 and p.shape[1] == 2 else p
-    return np.array([_best_threshold(y[:, j], p[:, j]) for j in range(y.shape[1])])
+    return np.array([_best_threshold(y[:, j], p[:, j], weight) for j in range(y.shape[1])])
 
 
-def _best_threshold(y, p):
-    known = ~np.isnan(y)
-    y, p = y[known], p[known]
-    order = np.argsort(-p, kind="stable")
-    hits = np.cumsum(y[order])
+def _best_threshold(y, p, weight):
+    known = np.flatnonzero(~np.isnan(y) & ~np.isnan(p))
+    order = known[np.argsort(-p[known], kind="stable")]
+    y, p, weight = y[order], p[order], weight[order].astype("float64")
+    hits = np.cumsum(weight * y)
     if not len(hits) or hits[-1] == 0:
         return 0.5
-    f1 = 2 * hits / (np.arange(1, len(y) + 1) + hits[-1])
-    falling = np.append(np.diff(p[order]) < 0, True)  # a threshold cannot part equal probabilities
+    f1 = 2 * hits / (np.cumsum(weight) + hits[-1])
+    falling = np.append(np.diff(p) < 0, True)  # a threshold cannot part equal probabilities
     best = int(np.argmax(np.where(falling, f1, -1.0)))
-    below = p[order][best + 1] if best + 1 < len(y) else p[order][best] - 0.01
-    return float((p[order][best] + below) / 2)
+    below = p[best + 1] if best + 1 < len(y) else p[best] - 0.01
+    return float((p[best] + below) / 2)

@@ -14,7 +14,16 @@ from sklearn.metrics import f1_score, roc_auc_score
 from tiny_models import write_bert, write_llama
 from torch.distributions import Normal
 
-from ehrfuse import Embedding, Events, Labs, LabTextifier, MEDFuseClassifier, NoteSectionizer, Text
+from ehrfuse import (
+    Embedding,
+    Events,
+    Labs,
+    LabTextifier,
+    MEDFuseClassifier,
+    NoteSectionizer,
+    Text,
+    Visits,
+)
 from ehrfuse.datasets import make_ehr
 from ehrfuse.methods import _linear_path, medfuse
 from ehrfuse.nn.disentangled import Disentangled, MutualInformation, collapse
@@ -398,6 +407,227 @@ def test_two_stages_predict_save_and_lack_a_note():
         MEDFuseClassifier({"labs": Labs(["a"])}, cross_fit=2).fit(X, y)
 
 
+def cohort(n=60):
+    """Patients of `make_ehr`, and a small model of two of their modalities."""
+    X, y = make_ehr(n, random_state=0)
+    model = MEDFuseClassifier(
+        {"labs": Labs(["sodium", "lactate"]), "note": Text("note")}, max_epochs=1, **SMALL
+    )
+    return X, np.asarray(y), model
+
+
+def scores_read(monkeypatch):
+    """Log-odds of the text model that fusions were fitted to, as they come."""
+    scores, original = [], MEDFuseClassifier._with_scores
+
+    def spy(self, X, p=None):
+        found = original(self, X, p)
+        if p is not None:
+            scores.append(found.filter(like="note_score").to_numpy())
+        return found
+
+    monkeypatch.setattr(MEDFuseClassifier, "_with_scores", spy)
+    return scores
+
+
+WAYS = [{"thresholds": "f1"}, {"cross_fit": 2}, {"cross_fit": 2, "thresholds": "f1"}]
+
+
+def same(a, b, X):
+    np.testing.assert_array_equal(a.predict_proba(X), b.predict_proba(X))
+    np.testing.assert_array_equal(getattr(a, "thresholds_", 0), getattr(b, "thresholds_", 0))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_of_weight_zero_are_as_good_as_absent(way):
+    X, y, model = cohort()
+    model.set_params(**way)
+    weight = np.where(np.arange(60) < 40, np.linspace(1, 2, 60), 0.0)
+    flipped = np.where(weight > 0, y, 1 - y)
+    one, other = (clone(model).fit(X, labels, weight) for labels in (y, flipped))
+    same(one, other, X)
+    unknown = np.where(weight > 0, y, np.nan)
+    same(one, clone(model).fit(X, unknown, weight), X)
+    if "cross_fit" in way:
+        same(one, clone(model).fit(X[:40], y[:40], weight[:40]), X)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_one_outcome_in_a_frame_is_the_same_outcome(way):
+    X, y, model = cohort()
+    model.set_params(**way)
+    same(clone(model).fit(X, y), clone(model).fit(X, pd.DataFrame({"died": y})), X)
+
+
+def test_scores_have_a_column_for_every_class_whatever_a_fold_holds(monkeypatch):
+    X, _, model = cohort()
+    scores = scores_read(monkeypatch)
+    names = np.array(["a", "b", "c", "d"])
+    for rare in (0, 2, 3):  # two rows of a class in three folds, then one
+        for count in (2, 1):
+            place = np.arange(60) % 3
+            place[place >= rare] += 1
+            place[:count] = rare
+            y = names[place]
+            model.set_params(cross_fit=3, class_weight={names[rare]: 2.0}).fit(X, y)
+            assert scores[-1].shape == (60, 3)
+            p = model.predict_proba(X)
+            assert p.shape == (60, 4)
+            np.testing.assert_allclose(p.sum(1), 1, atol=1e-6)
+            noted = X["note"].notna().to_numpy()
+            known = ~np.isnan(scores[-1][noted])
+            assert (known.all(0) | ~known.any(0)).all()  # or null would name a fold
+            assert known.all(0).tolist() == [j != rare or count == 2 for j in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("groups", [None, "subject_id"])
+def test_one_rare_positive_and_few_patients_are_enough(way, groups):
+    X, _, model = cohort()
+    X = X.assign(subject_id=np.arange(60) // 20)
+    y = (np.arange(60) == 7) * 1
+    model.set_params(**way, groups=groups).fit(X, y)
+    assert np.isfinite(model.predict_proba(X)).all()
+    if "thresholds" in way:  # nothing that was taught a positive has scored one
+        assert model.thresholds_ == 0.5
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_too_few_patients_are_counted_in_the_words_of_the_user(way):
+    X, y, model = cohort()
+    n = len(way)  # of both ways at once each fold of the one needs two patients for the other
+    X = X.assign(subject_id=np.arange(60) % n)
+    model.set_params(**way, groups="subject_id")
+    with pytest.raises(ValueError, match=f"at least {n + 1} patients .* there are {n}. Use more"):
+        clone(model).fit(X, y)
+    X = X.assign(subject_id=np.arange(60) % (n + 1))
+    assert np.isfinite(clone(model).fit(X, y).predict_proba(X)).all()
+    tasks = pd.DataFrame({"a": y, "b": 1 - y}).where(X["subject_id"] == 0)  # others: unknown
+    with pytest.raises(ValueError, match=r"need a label .* there are 1\."):
+        clone(model).fit(X, tasks)
+
+
+def test_the_only_positive_is_not_given_away_by_its_fold(monkeypatch):
+    X, _, model = cohort()
+    scores = scores_read(monkeypatch)
+    model.set_params(cross_fit=3).fit(X, (np.arange(60) == 7) * 1)
+    assert np.isnan(scores[0]).all()  # a fold without its positive says less than the others
+    p = model.predict_proba(X)
+    np.testing.assert_array_equal(model.predict_proba(X.assign(note="other words")), p)
+
+
+def test_validation_rows_reach_no_score_of_training_rows(monkeypatch):
+    X, y = made(120)
+    scores, fits, inner = scores_read(monkeypatch), [], MEDFuseClassifier._fit_modalities
+
+    def spy(self, X, declared):
+        fits.append(set(X["subject"]))
+        return inner(self, X, declared)
+
+    monkeypatch.setattr(MEDFuseClassifier, "_fit_modalities", spy)
+    model = MEDFuseClassifier(
+        declared(), cross_fit=2, thresholds="f1", groups="subject", validation_fraction=0.25,
+        max_epochs=1, **SMALL,
+    )  # fmt: skip
+    clone(model).fit(X, y)
+    assert len(fits) == 4  # two folds, the text model, the fusion: both stages of the same rows
+    assert fits[2] == fits[3]
+    assert fits[0] | fits[1] <= fits[2]
+    inside = X["subject"].isin(fits[3]).to_numpy()
+    assert (~inside).sum() == 30
+    flipped = y.copy()
+    flipped.loc[~inside] = 1 - flipped.loc[~inside]
+    clone(model).fit(X, flipped)
+    np.testing.assert_array_equal(scores[0][inside], scores[1][inside])
+    X_val, y_val = made(40, seed=1)
+    clone(model).fit(X, y, X_val=X_val, y_val=y_val)  # these instead: no row leaves
+    assert [len(f) for f in fits[-2:]] == [60, 60]
+
+
+def test_thresholds_of_two_stages_never_saw_the_patient(monkeypatch):
+    X, y = made(90)
+    seen, inner = [], MEDFuseClassifier._fit_in_stages
+    found, original = [], MEDFuseClassifier._out_of_fold
+
+    def spy(self, X, *args):
+        seen.append(set(X["subject"]))
+        return inner(self, X, *args)
+
+    def out(self, *args, **options):
+        found.append(original(self, *args, **options))
+        return found[-1]
+
+    monkeypatch.setattr(MEDFuseClassifier, "_fit_in_stages", spy)
+    monkeypatch.setattr(MEDFuseClassifier, "_out_of_fold", out)
+    model = MEDFuseClassifier(
+        declared(), cross_fit=2, thresholds="f1", groups="subject", max_epochs=1, **SMALL
+    )
+    clone(model).fit(X, y)
+    everybody, *folds = seen
+    assert sorted(set.union(*(everybody - f for f in folds))) == sorted(everybody)
+    assert sum(len(everybody - f) for f in folds) == len(everybody)
+    flipped = y.copy()
+    flipped.iloc[:2] = 1 - flipped.iloc[:2]  # the two rows of one patient
+    before = found[-1]
+    clone(model).fit(X, flipped)
+    np.testing.assert_array_equal(before[:2], found[-1][:2])
+    assert not np.allclose(before, found[-1])
+
+
+def test_two_stages_need_the_columns_of_one():
+    X, y, model = cohort()
+    model.set_params(cross_fit=2, groups="subject_id").fit(X, y)
+    p = model.predict_proba(X)
+    np.testing.assert_array_equal(model.predict_proba(X.drop(columns="subject_id")), p)
+    with pytest.raises(ValueError, match=r"X lacks columns that fit has read: \['note'\]"):
+        model.predict_proba(X.drop(columns="note"))
+    plain = clone(model).set_params(cross_fit=None).fit(X, y)
+    assert list(model.feature_names_in_) == list(plain.feature_names_in_)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_wrong_is_said_as_by_a_plain_fit(way):
+    X, y, model = cohort()
+    for params, labels, weight in [
+        ({"groups": "nope"}, y, None), ({}, y, np.ones(7)), ({}, None, None), ({}, y[:50], None),
+        ({}, y, -np.ones(60)), ({"thresholds": "f2"}, y, None), ({"freeze": "encoders"}, y, None),
+    ]:  # fmt: skip
+        said = []
+        for more in ({}, way):
+            with pytest.raises(ValueError) as error:  # noqa: PT011
+                clone(model).set_params(**more | params).fit(X, labels, weight)
+            said.append(str(error.value))
+        assert said[0] == said[1]
+
+
+def test_two_stages_list_what_they_do_not_read():
+    X, y, model = cohort()
+    model.set_params(modalities={"course": Visits("visits"), **model.modalities}, cross_fit=2)
+    model.fit(X.assign(visits=None), y)
+    assert model.ignored_modalities_ == ["course"]
+    assert model.predict_proba(X).shape == (60, 2)
+
+
+def test_every_stage_freezes_its_own_parts():
+    X, y, model = cohort()
+    model.set_params(cross_fit=2)
+    model.set_params(freeze=("encoders.labs", "encoders.note", "trunk")).fit(X, y)
+    assert model.text_stage_.freeze == ("encoders.note",)
+    assert model.fusion_stage_.freeze == ("encoders.labs", "trunk")
+    for part in ("encoders.notes", "trunks"):
+        with pytest.raises(ValueError, match=f"freeze names '{part}', which this model does not"):
+            clone(model).set_params(freeze=(part,)).fit(X, y)
+
+
+def test_warnings_point_to_the_line_of_the_user():
+    X, y, model = cohort(20)
+    for cross_fit in (None, 2):
+        model.set_params(validation_fraction=0.1, cross_fit=cross_fit)
+        with pytest.warns(UserWarning, match="20 training rows are too few") as found:
+            model.fit(X, y)
+        assert [w.filename for w in found] == [__file__]
+
+
 def test_test_labels_and_rows_leave_predictions_alone(fitted):
     X, _ = made(40, seed=3)
     p = fitted.predict_proba(X)
@@ -413,12 +643,38 @@ def test_best_threshold_is_the_best_of_all():
         y = (rng.random(30) < 0.3).astype(float)
         p = rng.integers(0, 12, 30) / 12
         y[0] = 1
-        found = medfuse._best_threshold(y, p)
+        found = medfuse._best_threshold(y, p, np.ones(30))
         best = max(f1_score(y, p > t) for t in [-0.01, *np.unique(p)[:-1]])
         assert f1_score(y, p > found) == pytest.approx(best)
     y[:] = np.nan
-    assert medfuse._best_threshold(y, p) == 0.5
-    assert medfuse._best_threshold(np.zeros(30), p) == 0.5
+    assert medfuse._best_threshold(y, p, np.ones(30)) == 0.5
+    assert medfuse._best_threshold(np.zeros(30), p, np.ones(30)) == 0.5
+
+
+def test_a_row_of_weight_two_is_two_rows_to_a_threshold():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        y, p = (rng.random(30) < 0.4).astype(float), rng.random(30)
+        weight = rng.integers(0, 4, 30)
+        found = medfuse._best_threshold(y, p, weight)
+        rows = np.repeat(np.arange(30), weight)
+        assert f1_score(y, p > found, sample_weight=weight) == pytest.approx(
+            f1_score(y[rows], p[rows] > medfuse._best_threshold(y[rows], p[rows], rows * 0 + 1))
+        )
+    assert medfuse._best_threshold(np.ones(3), np.full(3, np.nan), np.ones(3)) == 0.5
+
+
+@pytest.mark.parametrize("validation_fraction", [None, 0.3])
+def test_weights_choose_thresholds_too(validation_fraction):
+    X, y = made(120)
+    model = MEDFuseClassifier(
+        declared(), thresholds="f1", validation_fraction=validation_fraction, lr=1e-12,
+        linear=False, max_epochs=1, **SMALL,
+    )  # fmt: skip
+    y = y["both"].to_numpy()
+    equal, rare = (clone(model).fit(X, y, np.where(y > 0, w, 1)) for w in (1, 50))
+    share = [(m.predict_proba(X)[:, 1] > m.thresholds_).mean() for m in (equal, rare)]
+    assert share[1] > share[0]
 
 
 @pytest.mark.parametrize("validation_fraction", [None, 0.3])

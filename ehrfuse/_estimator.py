@@ -217,13 +217,7 @@ class TorchEstimator(ProgressMixin, Handover, Frames, BaseEstimator):
         device = resolve_device(self.device)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         y, weight = self._labels(X, y, sample_weight, reset=True)
-        if self.patience is not None and not self.validation_fraction and X_val is None:
-            warnings.warn(
-                f"patience={self.patience} does nothing without rows to watch; give "
-                "validation_fraction, or X_val to fit.",
-                UserWarning,
-                stacklevel=4,
-            )
+        self._warn_of_idle_patience(X_val)
         if X_val is not None:
             X_val = self._frame(X_val, y_val, reset=False)
             rows, rows_val = np.flatnonzero(weight > 0), None
@@ -241,6 +235,15 @@ class TorchEstimator(ProgressMixin, Handover, Frames, BaseEstimator):
         if X_val is not None:
             validation = self._data(X_val, *self._labels(X_val, y_val, None, reset=False))
         return self._train(data, self._worth_watching(validation), seed, device)
+
+    def _warn_of_idle_patience(self, X_val):
+        if self.patience is not None and not self.validation_fraction and X_val is None:
+            warnings.warn(
+                f"patience={self.patience} does nothing without rows to watch; give "
+                "validation_fraction, or X_val to fit.",
+                UserWarning,
+                stacklevel=5,
+            )
 
     def _worth_watching(self, validation):
         """The validation rows, or None where no label of theirs is known."""

@@ -296,8 +296,8 @@ class ValueTarget:
 
 def _floats(y):
     """Numbers as float64, NaN for every kind of null."""
-    if hasattr(y, "to_numpy"):
-        return y.to_numpy("float64", na_value=np.nan)
+    if isinstance(y, pd.DataFrame | pd.Series | pd.Index):
+        y = y.astype(object).where(y.notna(), np.nan)  # a null of any kind
     return np.asarray(y, dtype="float64")
 
 

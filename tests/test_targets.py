@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from sklearn.metrics import log_loss
@@ -187,6 +188,9 @@ def test_values_of_nullable_frames():
     assert np.isnan(target.encode(y)).tolist() == [[False, False], [True, False], [False, False]]
     with pytest.raises(ValueError, match="Input y contains NaN"):
         ValueTarget(y["a"])
+    anything = y.astype(object).where(y.notna(), pd.NA)
+    np.testing.assert_array_equal(ValueTarget(anything).encode(anything), target.encode(y))
+    assert ValueTarget(pa.array([1.0, 3.0])).center == [2.0]
 
 
 def test_values_of_which_none_is_known_are_told():

@@ -580,6 +580,11 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
         if self.groups is None or any(self.groups not in frame.columns for frame in (X, memory)):
             return np.zeros((len(rows), len(memory_rows)), dtype=bool)
         both = pd.concat([X[self.groups].astype(object), memory[self.groups].astype(object)])
+        if len({isinstance(patient, str) for patient in both.dropna()}) > 1:
+            raise ValueError(
+                f"Column {self.groups!r} holds strings and other values in X and memory, so equal "
+                "patients would not be seen; give both the same type."
+            )
         codes = pd.factorize(both)[0]
         mine, theirs = codes[: len(X)][rows], codes[len(X) :][memory_rows]
         return (mine[:, None] == theirs) & (mine >= 0)[:, None]

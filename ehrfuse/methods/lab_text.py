@@ -52,10 +52,12 @@ class _TextWriter(TransformerMixin, BaseEstimator):
 
     def _remember(self, X):
         self.feature_names_in_ = np.array(X.columns, dtype=object)
+        self.n_features_in_ = X.shape[1]
 
     def _with(self, X, column, texts):
         """X with the texts in a column; other columns than those of `fit` are left out."""
-        out = X.assign(**{column: pd.Series(texts, index=X.index, dtype=object)})
+        out = X.copy(deep=False)
+        out[column] = pd.Series(texts, index=X.index, dtype=object)
         return out.reindex(columns=[c for c in self.get_feature_names_out() if c in out.columns])
 
 
@@ -318,10 +320,11 @@ MAX_WORDS = 7  # of a heading that is not all in capitals
 # What may be a heading: a bullet or number if any, words, and a colon that is none of a time or an
 # address, nor in brackets. Possessive quantifiers (*+) make a line of many dashes cheap.
 _LINE = re.compile(
-    r"""^(?:[^\w\n(\[]|_)*+(?:\w{1,4}[.)][ \t]*+)?
+    r"""^(?:[^\w\n(\[]|_)*+(?:(?:\w{1,6}[.)])++[ \t]*+)?
     (?P<words>(?:\([^)\n]{0,80}+\)|\[[^]\n]{0,80}+\]|[^:\n]){1,120}+):(?!//|(?<=\d:)\d\d)""",
     re.MULTILINE | re.VERBOSE,
 )
+_LINE_END = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 _BRACKETS = re.compile(r"\([^)]*\)|\[[^]]*\]")
 _SENTENCE = re.compile(r"[.;?!]\s")
 _TITLE = re.compile(r"[A-Z]\w{2,}(?:\s+[A-Z]\w{2,})+,")  # Hospital Course, by problem; no "In ED,"
@@ -469,6 +472,7 @@ class NoteSectionizer(_TextWriter):
         sections = SECTIONS if self.sections is None else self.sections
         if not len(sections):
             return note
+        note = _LINE_END.sub("\n", note).replace("\uff1a", ":")  # the full-width colon
         starts, kept = _headings(note, {_bare(section) for section in sections})
         if not starts:
             return note

@@ -27,6 +27,8 @@ from ehrfuse.modalities import Embedding, Events, Labs, Tabular, Text
 from ehrfuse.modalities._lab_tokens import Tokens, lab_tokens
 from ehrfuse.nn.disentangled import JOINTS
 
+SCORE = "note_score_"  # columns of the text model's scores, for the fusion
+
 __all__ = ["MEDFuseClassifier"]
 
 
@@ -127,6 +129,7 @@ class MEDFuseClassifier(TorchClassifier):
     thresholds_ : array of shape (n_tasks,)
         Only with ``thresholds="f1"``.
     modalities_ : dict of fitted Modality
+        Not with `cross_fit`: see those of `text_stage_` and `fusion_stage_`.
     module_ : torch module
         Not with `cross_fit`; the networks are then in ``text_stage_`` and ``fusion_stage_``.
     history_ : list of dict
@@ -364,7 +367,9 @@ class MEDFuseClassifier(TorchClassifier):
         """A text model, its scores of rows that it has not seen, and the fusion that reads them."""
         self._check_params()
         X = self._frame(X, y, reset=True)
+        self._warn_of_idle_patience(X_val)
         texts = _texts_of(self._declared(X))
+        _refuse_score_columns(X)
         others = {name: m for name, m in self.modalities.items() if name not in texts}
         rows = self._counted(X, y, sample_weight, reset=True)
         frozen = _frozen_parts(self.freeze, texts, others)
@@ -410,7 +415,7 @@ class MEDFuseClassifier(TorchClassifier):
         scores = np.log(p / (1 - p))
         notes = [c for m in self.text_stage_.modalities_.values() for c in m.columns_]
         scores[X[notes].isna().all(axis=1).to_numpy()] = np.nan
-        return X.assign(**{f"note_score_{j}": column for j, column in enumerate(scores.T)})
+        return X.assign(**{f"{SCORE}{j}": column for j, column in enumerate(scores.T)})
 
     # ------------------------------------------------------------ fits within the fit
 
@@ -422,7 +427,8 @@ class MEDFuseClassifier(TorchClassifier):
         """Fit a stage, or the model of a fold, to the classes of this whole fit."""
         model._whole = self.target_
         with warnings.catch_warnings():  # the whole fit has said so
-            warnings.filterwarnings("ignore", ".*training rows are too few", UserWarning)
+            for told in (".*training rows are too few", "patience=.* does nothing"):
+                warnings.filterwarnings("ignore", told, UserWarning)
             return model.fit(rows.X, rows.y, rows.weight, **validation)
 
     def _out_of_fold(self, model, rows, n_splits, at_least=2, **validation):
@@ -518,10 +524,18 @@ def _texts_of(modalities):
     return texts
 
 
+def _refuse_score_columns(X):
+    taken = [c for c in X.columns if str(c).startswith(SCORE)]
+    if taken:
+        raise ValueError(
+            f"Columns {taken} begin with {SCORE!r}, which cross_fit calls its own; rename them."
+        )
+
+
 def _note_scores(p):
     """The columns with scores; without any, all, which then are absent in predict too."""
     known = ~np.isnan(p).any(axis=0)
-    return NoteScores([f"note_score_{j}" for j in np.flatnonzero(known | ~known.any())])
+    return NoteScores([f"{SCORE}{j}" for j in np.flatnonzero(known | ~known.any())])
 
 
 def _frozen_parts(freeze, texts, others):

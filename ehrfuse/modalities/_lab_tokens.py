@@ -163,6 +163,8 @@ class Tokens(Modality):
 class TableTokens(Tokens):
     """`Labs`: every measured cell is a token; a cell has no time."""
 
+    origin_: "np.ndarray | None" = None  # as in models of before it was learned
+
     def _learn(self, cells):
         self.origin_ = read_origin(cells, self.columns_)
         table = read_numbers(cells, self.columns_, self.origin_)
@@ -173,7 +175,8 @@ class TableTokens(Tokens):
         self.values_ = QuantileScale.learn(np.nonzero(known)[1], table[known], self.n_codes)
 
     def restore(self, code, standard):
-        return super().restore(code, standard) + self.origin_[code]
+        origin = 0.0 if self.origin_ is None else self.origin_[code]
+        return super().restore(code, standard) + origin
 
     def _read(self, cells, present):
         table = read_numbers(cells, self.columns_, self.origin_)

@@ -1,7 +1,6 @@
 """Summary statistics of event streams: the same facts for networks, trees and examples."""
 
 from dataclasses import dataclass
-from numbers import Number
 
 import numpy as np
 import pandas as pd
@@ -381,16 +380,14 @@ def _is_stream(column: pd.Series) -> bool:
         record = kind.value_type
         if pa.types.is_struct(record):
             return record.get_field_index("code") >= 0
-        return pa.types.is_null(record) or pa.types.is_string(record)
+        return pa.types.is_null(record)
     if not _is_list(column):
         return False
     for cell in column.dropna():
         if isinstance(cell, dict | pd.DataFrame):
             return "code" in cell
-        if len(cell):
-            if isinstance(cell[0], dict):
-                return "code" in cell[0]
-            return not isinstance(cell[0], Number | np.ndarray | list)  # a vector, a picture
+        if len(cell):  # of something else it is a vector, a picture, a list of codes
+            return isinstance(cell[0], dict) and "code" in cell[0]
     return True
 
 
@@ -398,12 +395,16 @@ def _for_trees(column: pd.Series) -> bool:
     """Whether boosted trees can read a column and learn from it."""
     if _is_list(column) or column.isna().all():
         return False
-    numeric = pd.api.types.is_numeric_dtype(column.dtype)
-    return numeric or column.nunique() <= MAX_CATEGORIES
+    if pd.api.types.is_numeric_dtype(column.dtype):
+        return True
+    try:
+        return column.nunique() <= MAX_CATEGORIES
+    except TypeError:  # cells that cannot be compared are no categories
+        return False
 
 
 def _tree_ready(column: pd.Series) -> pd.Series:
-    if pd.api.types.is_numeric_dtype(column.dtype):
+    if pd.api.types.is_numeric_dtype(column.dtype) or isinstance(column.dtype, pd.CategoricalDtype):
         return column
     # Trees sort the categories, so a hole must not be one of pandas' own kind.
     return column.astype(object).where(column.notna(), None).astype("category")

@@ -416,28 +416,28 @@ def eicu(args):
         there = _eicu.load(place)
     rows = []
     for task in _eicu.TASKS[:1] if args.quick else _eicu.TASKS:
-        data, name = _eicu_task(here, task), "eicu-crd-demo"
+        summary = EventSummary().fit(here.X[list(_eicu.PANELS)])
+        data, name = _eicu_task(here, task, summary), "eicu-crd-demo"
         if args.quick:
             name += ", every 2nd patient, one encoder"
             thin(data, data.groups % 2 == 0)
         splits = folds_of(args, data)
         if there is not None:
-            data, splits = between(data, _eicu_task(there, task))
+            data, splits = between(data, _eicu_task(there, task, summary))
             name += " to test"
         rows += curve(args, name, task, data, splits)
     return rows
 
 
-def _eicu_task(data, task):
+def _eicu_task(data, task, summary):
     """Rows whose label is known, with the panels as columns of one table."""
     from sklearn.utils import Bunch
 
     known = data.y[task].notna().to_numpy()
-    panels = data.X[list(_eicu.PANELS)]
-    summary = EventSummary().fit(panels).transform(panels)
-    summary.columns = [f"s{j}" for j in range(summary.shape[1])]
+    panels = summary.transform(data.X[list(_eicu.PANELS)])
+    panels.columns = [f"s{j}" for j in range(panels.shape[1])]
     static = data.X[list(_eicu.STATIC)]
-    X = pd.concat([static, summary.set_axis(static.index)], axis=1)
+    X = pd.concat([static, panels.set_axis(static.index)], axis=1)
     X["narrative"] = data.X["note"]
     modalities = {"table": Tabular([c for c in X if c != "narrative"]), "note": Text("narrative")}
     groups = pd.factorize(data.groups[known])[0]

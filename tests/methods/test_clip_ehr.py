@@ -158,6 +158,8 @@ def test_a_patient_finds_notes_of_others(data):
     assert found["row"].value_counts().loc[[0, 1, 2, 39]].tolist() == [40, 40, 38, 38]
     assert np.isfinite(found["similarity"]).all()
     assert len(grouped.retrieve(X.drop(columns="patient"), X, k=40)) == 40 * 40
+    with pytest.raises(ValueError, match="'patient' holds strings and other values"):
+        grouped.retrieve(X, X.assign(patient=X["patient"].astype(str)))
 
 
 def test_retrieval_of_sections(aligner, data):

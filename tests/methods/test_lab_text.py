@@ -269,3 +269,23 @@ def test_a_value_beyond_a_bound_never_reads_as_the_bound(bound):
     value, limit = text.removeprefix("Abnormal results: a ").removesuffix(").").split(" high (<")
     assert float(value) > float(limit)
     assert "e" not in value + limit
+
+
+@pytest.mark.parametrize(
+    "between",
+    ["\n2.1. ", "\n1.2.3) ", "\nXVIII. ", "\r", "\r\n", "\u2028", "\x85", "\n- 2) "],
+)
+@pytest.mark.parametrize("colon", [":", "\uff1a"])
+def test_numbered_headings_and_odd_line_ends(between, colon):
+    note = f"Chief Complaint{colon} pain{between}Hospital Course{colon} he died"
+    X = pd.DataFrame({"note": [note, note.replace("Chief", "1.1. Chief", 1)]})
+    for kept in NoteSectionizer().fit_transform(X)["note"]:
+        assert kept.endswith("Chief Complaint: pain")
+
+
+def test_columns_may_have_names_that_are_no_words():
+    X = pd.DataFrame({0: ["Chief Complaint: pain"], 1: [5.0]})
+    assert NoteSectionizer(0).fit_transform(X)[0].tolist() == ["Chief Complaint: pain"]
+    text = LabTextifier([1], output=3, reference_ranges={1: (1, 2)}, names={1: "a"}).fit(X)
+    assert text.transform(X)[3].tolist() == ["Abnormal results: a 5 high (1-2)."]
+    assert text.n_features_in_ == 2

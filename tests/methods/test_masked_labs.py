@@ -289,6 +289,14 @@ def test_measured_events_stay_exactly():
     assert std["course"][0][0]["value"] == 0.0
 
 
+def test_a_model_of_before_the_origin_was_learned_predicts(fitted):
+    X, _ = low_rank(5)
+    old = pickle.loads(pickle.dumps(fitted))
+    del old.modalities_["labs"].origin_
+    assert np.isfinite(old.transform(X)).all()
+    assert old.impute(X).notna().all(axis=None)
+
+
 def test_heads_that_do_not_fit_are_named_as_they_were_given():
     with pytest.raises(ValueError, match="width=10 cannot be split into n_heads=4"):
         MaskedLabPretrainer({"labs": Labs(LABS)}, width=10, n_heads=4).fit(low_rank(30)[0])

@@ -865,3 +865,19 @@ def test_terms_are_hidden_as_whole_words_and_long_notes_cut_in_the_middle():
     ]  # fmt: skip
     with pytest.raises(ValueError, match="must be a tuple of str"):
         NoteSectionizer(hide_terms="sepsis").fit(X)
+
+
+def test_columns_that_look_like_scores_are_refused_in_two_stages():
+    X, y = made(60)
+    X = X.assign(note_score_0=1.0)
+    parts = {"note": Text("note"), "labs": Labs(["a", "note_score_0"])}
+    with pytest.raises(ValueError, match=r"\['note_score_0'\] begin with 'note_score_'"):
+        MEDFuseClassifier(parts, cross_fit=2, max_epochs=1, **SMALL).fit(X, y)
+
+
+def test_idle_patience_is_told_once_in_two_stages():
+    X, y = made(60)
+    with pytest.warns(UserWarning, match="does nothing") as told:
+        MEDFuseClassifier(declared(), cross_fit=2, patience=1, max_epochs=1, **SMALL).fit(X, y)
+    idle = [w for w in told if "does nothing" in str(w.message)]
+    assert [w.filename for w in idle] == [__file__]

@@ -325,8 +325,12 @@ def test_summary_takes_events_alone_and_passes_on_what_trees_can_read():
     assert EventSummary().fit(X).columns_ == ["vitals", "empty"]
     kept = X[["vector"]].assign(vector=pd.Series([[0.5, 1.0]] * 300, dtype=LIST_OF_NUMBERS))
     assert EventSummary().fit(kept).left_out_ == ["vector"]
-    with pytest.raises(ValueError, match="'vitals' holds a list whose items are no records"):
-        EventSummary().fit(X.assign(vitals=[["HR", "RR"]] * 300))
+    for odd in (["HR", "RR"], (("a", 1.0),), np.array([True]), [None, 1.0], {1, 2}):
+        assert "vitals" in EventSummary().fit(X.assign(vitals=[odd] * 300)).left_out_
+    words = pd.Series([["HR"]] * 300, dtype=pd.ArrowDtype(pa.list_(pa.string())))
+    assert EventSummary().fit(pd.DataFrame({"codes": words})).left_out_ == ["codes"]
+    kinds = pd.Categorical(["lo", "hi"] * 150, categories=["lo", "hi", "no"], ordered=True)
+    assert EventSummary().fit_transform(X.assign(sex=kinds))["sex"].dtype == kinds.dtype
     with pytest.raises(ValueError, match=r"X lacks the columns \['nope'\]"):
         EventSummary(["nope"]).fit(X)
 

@@ -180,10 +180,7 @@ class TaskTarget:
         """Float32 (n, k) of 0, 1 and NaN."""
         y = by_name(y, self.task_names)
         try:
-            y = np.asarray(
-                y.to_numpy(dtype="float64", na_value=np.nan) if hasattr(y, "columns") else y
-            )
-            y = y.astype("float64")
+            y = _floats(y)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 "y of several tasks must hold 0, 1 or NaN (unknown); it holds other things. "

@@ -191,6 +191,9 @@ def test_values_of_nullable_frames():
     anything = y.astype(object).where(y.notna(), pd.NA)
     np.testing.assert_array_equal(ValueTarget(anything).encode(anything), target.encode(y))
     assert ValueTarget(pa.array([1.0, 3.0])).center == [2.0]
+    tasks = pd.DataFrame({"a": [1, pd.NA, 0], "b": [True, False, None]}, dtype=object)
+    known = TaskTarget(tasks).encode(tasks)
+    np.testing.assert_array_equal(known, [[1, 1], [np.nan, 0], [0, np.nan]])
 
 
 def test_values_of_which_none_is_known_are_told():

@@ -19,7 +19,7 @@ from ehrfuse._distributed import join
 from ehrfuse._frames import Frames, dropped
 from ehrfuse._handover import Handover
 from ehrfuse._progress import ProgressMixin
-from ehrfuse._runtime import default_device, resolve_device, seeded, world
+from ehrfuse._runtime import default_device, resolve_device, seeded, users_line, world
 from ehrfuse._train import predict, train
 from ehrfuse.modalities import Modality
 
@@ -242,7 +242,7 @@ class TorchEstimator(ProgressMixin, Handover, Frames, BaseEstimator):
                 f"patience={self.patience} does nothing without rows to watch; give "
                 "validation_fraction, or X_val to fit.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=users_line(),
             )
 
     def _worth_watching(self, validation):
@@ -255,7 +255,7 @@ class TorchEstimator(ProgressMixin, Handover, Frames, BaseEstimator):
             f"None of the {len(validation)} validation rows has a known label; the fit runs all "
             f"{self.max_epochs} epochs without early stopping.",
             UserWarning,
-            stacklevel=5,
+            stacklevel=users_line(),
         )
         return None
 
@@ -327,7 +327,7 @@ class TorchEstimator(ProgressMixin, Handover, Frames, BaseEstimator):
                 f"{len(rows)} training rows are too few to set {share:.0%} aside; the fit runs all "
                 f"{self.max_epochs} epochs without early stopping.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=users_line(),
             )
             return rows, None
         inside, aside = next(split)

@@ -3,6 +3,7 @@
 import importlib
 import multiprocessing
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,6 +25,20 @@ def default_device(device: "str | torch.device | None") -> Iterator[None]:
         yield
     finally:
         _default.reset(token)
+
+
+INSIDE = ("ehrfuse.", "sklearn.", "joblib.")
+
+
+def users_line() -> int:
+    """`stacklevel` at which a warning points to the caller outside this package.
+
+    How many calls lie between depends on the method, and on what scikit-learn wraps around `fit`.
+    """
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(INSIDE):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def resolve_device(device: "str | torch.device | None") -> "torch.device":

@@ -17,6 +17,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from torch import Tensor
 from torch.nn import functional as F
 
+from ehrfuse._runtime import users_line
 from ehrfuse.nn.losses import weighted_loss
 
 
@@ -173,7 +174,7 @@ class TaskTarget:
                 f"{self.constant[j]:g} is predicted for every row"
                 f"{'' if known[j] else ' (a coin, for nothing is known)'}.",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=users_line(),
             )
 
     def encode(self, y):
@@ -246,7 +247,7 @@ class ValueTarget:
             warnings.warn(
                 f"No value of {names} is known in y; NaN is predicted there.",
                 UserWarning,
-                stacklevel=6,
+                stacklevel=users_line(),
             )
         self._learn(y)
         self.start = np.zeros(self.n_outputs, "float32")

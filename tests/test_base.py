@@ -330,6 +330,20 @@ def test_patience_without_rows_to_watch_is_told(cohort, modalities):
     assert told[0].filename == __file__
 
 
+def test_warnings_point_to_the_line_of_the_user(cohort, modalities, tmp_path):
+    few = {"validation_fraction": 0.01} | FAST
+    for clf in (
+        FusionClassifier(modalities, **few),
+        make_pipeline(FusionClassifier(modalities, **few)),
+        FusionClassifier(
+            modalities, pretrained=MMNARPretrainer(**few), memory=str(tmp_path), **FAST
+        ),
+    ):
+        with pytest.warns(UserWarning, match="too few to set") as told:
+            clf.fit(cohort.X, cohort.y)
+        assert {w.filename for w in told} == {__file__}
+
+
 def test_memory_pretrains_once(cohort, modalities, tmp_path, monkeypatch):
     calls = []
     inner = MMNARPretrainer.fit

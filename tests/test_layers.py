@@ -44,7 +44,7 @@ LAYERS = {
     ),
     "_hub_causal": ({"_hub", "_runtime"}, {"numpy", "torch", "transformers"}),
     "_data": (set(), {"numpy", "torch"}),
-    "_targets": ({"nn"}, {"numpy", "pandas", "torch", "sklearn"}),
+    "_targets": ({"_runtime", "nn"}, {"numpy", "pandas", "torch", "sklearn"}),
     "_distributed": ({"_data", "_runtime", "nn"}, {"numpy", "torch", "accelerate"}),
     "_checkpoint": ({"_data", "_distributed", "nn"}, {"numpy", "torch", "safetensors"}),
     "_train": ({"_checkpoint", "_data", "_distributed", "_runtime", "nn"}, {"numpy", "torch"}),

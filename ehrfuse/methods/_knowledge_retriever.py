@@ -11,7 +11,7 @@ from scipy import sparse
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from ehrfuse._runtime import check_option
+from ehrfuse._runtime import check_option, users_line
 from ehrfuse.knowledge import CodeLinker, KnowledgeGraph, NoteLinker, Retriever
 from ehrfuse.knowledge._tables import names_code
 
@@ -173,7 +173,7 @@ class KnowledgeRetriever(TransformerMixin, BaseEstimator):
                 "so no knowledge is added; compare its names with the language of the notes, and "
                 "its equivalences with the codes' system.",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=users_line(),
             )
         seen = np.bincount(counts.indices, minlength=counts.shape[1])
         self.idf_ = np.log((1 + len(X)) / (1 + seen)) + 1

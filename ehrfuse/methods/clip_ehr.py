@@ -20,7 +20,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 from torch.nn import functional as F
 
-from ehrfuse._runtime import check_option
+from ehrfuse._runtime import check_option, users_line
 from ehrfuse.base import TorchEncoder
 from ehrfuse.methods._note_vectors import chunk_lengths, cut_sections, learn_topics, word_counts
 from ehrfuse.methods._tabnet import TABLES, TableCore, TabNetEstimator
@@ -336,7 +336,7 @@ class ClipEHRAligner(TabNetEstimator, TorchEncoder):
             warnings.warn(
                 f"No training row has both a table and a note, so nothing is aligned; {remedy}.",
                 UserWarning,
-                stacklevel=7,
+                stacklevel=users_line(),
             )
         for name, modality in self.modalities_.items():
             if isinstance(modality, Text) and modality.model is None:

@@ -320,7 +320,7 @@ class MEDFuseClassifier(TorchClassifier):
         for name in [key for key in vars(self) if key.endswith("_")]:  # another fit's ways
             vars(self).pop(name)
         fit = self._fit if self.cross_fit is None else self._fit_in_stages
-        fit(X, y, sample_weight, X_val, y_val)  # by no way longer: warnings count the calls
+        fit(X, y, sample_weight, X_val, y_val)
         self.classes_ = self.target_.classes
         if self.target_.task_names is not None:
             self.target_names_ = self.target_.task_names

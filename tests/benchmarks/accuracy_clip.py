@@ -416,6 +416,7 @@ def eicu(args):
         there = _eicu.load(place)
     rows = []
     for task in _eicu.TASKS[:1] if args.quick else _eicu.TASKS:
+        # It learns which variables were ever measured, to name the columns; no value enters.
         summary = EventSummary().fit(here.X[list(_eicu.PANELS)])
         data, name = _eicu_task(here, task, summary), "eicu-crd-demo"
         if args.quick:

@@ -28,6 +28,7 @@ class Guard(NamedTuple):
 
 
 BASE, RECTIFIER = "ehrfuse/_estimator.py", "ehrfuse/rectifier.py"
+MEDFUSE = "ehrfuse/methods/medfuse.py"
 RISK, TASKS = "ehrfuse/methods/knowledge_risk.py", "ehrfuse/nn/visit_tasks.py"
 GUARDS = (
     Guard(
@@ -95,13 +96,41 @@ GUARDS = (
     ),
     Guard(
         "alignment: rows of a patient are no wrong answers",
-        "ehrfuse/methods/clip_ehr.py",
+        "ehrfuse/methods/_clip_ehr.py",
         "groups = None if batch.groups is None else batch.groups[both]",
         "groups = None", "tests/methods/test_clip_ehr.py", "patient",
     ),
     Guard(
+        "retrieval: a patient's own notes are not found",
+        "ehrfuse/methods/clip_ehr.py",
+        "cosine[self._same_patient(X, memory, rows, memory_row)] = -np.inf", "pass",
+        "tests/methods/test_clip_ehr.py", "notes_of_others",
+    ),
+    Guard(
+        "two stages: scores of notes out of fold",
+        MEDFUSE, "self._fit_part(fold, rows.at(inside), **validation)",
+        "self._fit_part(fold, rows, **validation)",
+        "tests/methods/test_medfuse.py", "never_saw or own_text_score or not_seen_the_patient",
+    ),
+    Guard(
+        "two stages: patients whole",
+        MEDFUSE, "people, kind = pd.factorize(rows.X[self.groups])[0], StratifiedGroupKFold",
+        "pass", "tests/methods/test_medfuse.py", "patient",
+    ),
+    Guard(
+        "two stages and thresholds: rows of weight 0",
+        MEDFUSE, "Rows(X, y, encoded, weight).at(np.flatnonzero(weight))",
+        "Rows(X, y, encoded, weight + 1)",
+        "tests/methods/test_medfuse.py", "weight_zero",
+    ),
+    Guard(
+        "hidden terms: across line breaks",
+        "ehrfuse/methods/lab_text.py", r'r"\s+".join(map(re.escape, words))',
+        '" ".join(map(re.escape, words))', "tests/methods/test_lab_text.py", "hidden",
+    ),
+    Guard(
         "thresholds: validation rows",
-        "ehrfuse/methods/medfuse.py", "self._infer(self.module_, validation))",
+        MEDFUSE, "self._infer(self.module_, validation))",
         "self._infer(self.module_, data))", "tests/methods/test_medfuse.py", "threshold",
     ),
     Guard(

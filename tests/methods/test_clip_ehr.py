@@ -13,7 +13,7 @@ from sklearn.model_selection import GridSearchCV
 from tiny_models import write_bert, write_longformer, write_modernbert
 
 from ehrfuse import ClipEHRAligner, TabNetClassifier, TabNetPretrainer, Tabular, Text, _estimator
-from ehrfuse.methods import clip_ehr
+from ehrfuse.methods import _clip_ehr
 
 SMALL = {"n_d": 8, "n_a": 8, "max_epochs": 2, "random_state": 0}
 ALIGNER = {"embed_dim": 8, "n_topics": 8, "batch_size": 64} | SMALL
@@ -370,13 +370,13 @@ def test_every_phase_reads_training_patients_alone(data, monkeypatch):
 def test_the_contrast_knows_the_patient_of_every_row(data, monkeypatch, loss):
     X, _ = data
     told = []
-    inner = getattr(clip_ehr, f"{loss}_loss")
+    inner = getattr(_clip_ehr, f"{loss}_loss")
 
     def spied(*args):
         told.append(next(a for a in args[3:] if a is None or a.dtype == torch.int64))
         return inner(*args)
 
-    monkeypatch.setattr(clip_ehr, f"{loss}_loss", spied)
+    monkeypatch.setattr(_clip_ehr, f"{loss}_loss", spied)
     options = ALIGNER | {"max_epochs": 1, "loss": loss, "batch_size": 200}
     ClipEHRAligner(MODALITIES, groups="patient", **options).fit(X)
     ids, counts = torch.unique(told[0], return_counts=True)
